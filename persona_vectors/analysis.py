@@ -6,7 +6,6 @@
 __all__ = ['stack_vectors', 'center', 'cosine_matrix', 'neighbors', 'pca', 'split_half_cosine']
 
 # %% ../nbs/09_analysis.ipynb #cell-03
-from typing import Sequence
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
@@ -20,14 +19,18 @@ def stack_vectors(
     if len(vectors) < 2: raise ValueError(f'{len(vectors)} vector(s): at least two are needed to compare')
     bad = {k:tuple(v.shape) for k,v in vectors.items() if v.ndim != 1}
     if bad: raise ValueError(f'one layer at a time: {bad} is not (d_model,); take v[layer] of each')
+    widths = {k:len(v) for k,v in vectors.items()}
+    if len(set(widths.values())) > 1: raise ValueError(f'the vectors differ in width: {widths}; compare vectors of one model')
+    bad = [k for k,v in vectors.items() if not v.isfinite().all()]
+    if bad: raise ValueError(f'the vector of {bad[0]!r} has numbers that are NaN or infinite; extract it again')
     return torch.stack([v.float() for v in vectors.values()])
 
 def center(
     x:Tensor, # (n, d_model)
-    mean:Tensor|None=None, # (d_model,) to subtract; None means the mean of `x`
+    mean:Tensor, # (d_model,) to subtract; given, never refitted on what is evaluated
 )->Tensor: # (n, d_model)
     "Subtract a mean"
-    return x - (x.mean(0) if mean is None else mean)
+    return x - mean
 
 def cosine_matrix(
     vectors:dict[str, Tensor], # {name: (d_model,)}
@@ -35,7 +38,7 @@ def cosine_matrix(
 )->Tensor: # (n_personas, n_personas), in [-1, 1]
     "Cosine of every pair"
     x = stack_vectors(vectors)
-    u = torch.nn.functional.normalize(center(x) if centered else x, dim=-1)
+    u = torch.nn.functional.normalize(center(x, x.mean(0)) if centered else x, dim=-1)
     return (u @ u.T).clamp(-1, 1)
 
 # %% ../nbs/09_analysis.ipynb #cell-12
@@ -53,7 +56,8 @@ def pca(
     k:int=2, # Components
 )->tuple[np.ndarray, np.ndarray]: # (n_personas, k) coordinates; (k,) share of the variance
     "Coordinates on the first principal components; each component's largest coordinate is positive, so that pictures do not flip"
-    x = center(stack_vectors(vectors)).numpy()
+    x = stack_vectors(vectors)
+    x = center(x, x.mean(0)).numpy()
     if not 1 <= k <= len(x) - 1: raise ValueError(f'k={k}: {len(x)} vectors have 1 to {len(x)-1} components')
     fit = PCA(n_components=k, svd_solver='full').fit(x)
     xy = fit.transform(x)
@@ -68,11 +72,13 @@ def split_half_cosine(
     "Reliability of each persona vector"
     x = torch.stack([a.float() for a in activations.values()]) # (n_personas, n_questions, d_model)
     n = x.shape[1]
+    if len(x) < 2: raise ValueError(f'{len(x)} persona: two are needed, because the common mean is subtracted')
+    if not x.isfinite().all(): raise ValueError('activations contain NaN or infinite numbers; extract them again')
     if n < 2: raise ValueError(f'{n} question(s): two are needed to split')
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(x))
     for _ in range(splits):
         order = torch.randperm(n, generator=generator)
-        a,b = (center(x[:, half].mean(1)) for half in (order[:n//2], order[n//2:]))
+        a,b = (center(m, m.mean(0)) for m in (x[:, half].mean(1) for half in (order[:n//2], order[n//2:])))
         total += torch.cosine_similarity(a, b, dim=-1)
     return dict(zip(activations, (total/splits).tolist()))

@@ -34,7 +34,7 @@ Texts = Annotated[list[Text], Field(min_length=1), AfterValidator(_distinct)]
 class _Entry(BaseModel): model_config = ConfigDict(extra='forbid', frozen=True)
 
 class Pair(_Entry):
-    "Two system prompts that differ in one trait"
+    "Two contrasting system prompts"
     on:Text # Shows the trait
     off:Text # Shows its opposite
 
@@ -61,7 +61,7 @@ class Safety(_Entry):
     "Prompts and requests of the safety axis"
     safe:Texts # System prompts of careful assistants
     unsafe:Texts # System prompts of reckless ones
-    requests:Texts # Requests a safe assistant refuses; mild mischief
+    requests:Texts # Mildly harmful requests that a careful assistant should decline
     benign:Texts # Requests anybody would answer
 
 Personas = Annotated[dict[Text, Text], Field(min_length=1)]
@@ -132,7 +132,7 @@ DEFAULT_PERSONAS = tuple(o for o in PERSONAS if o.startswith('default')) # The a
 # %% ../nbs/01_catalog.ipynb #cell-20
 def find_persona(
     name:str, # A key of `personas`, or of ARCHETYPES
-    personas:dict[str, str]|None=None, # Where to look; None means PERSONAS, then the first prompt of each archetype
+    personas:dict[str, str]|None=None, # Where to look; None means PERSONAS, and where no persona has the name the first prompt of an archetype
 )->str: # Its system prompt
     "The system prompt of a persona; raises CatalogError with the nearest names"
     personas = personas or {**{k:a.system_prompts[0] for k,a in ARCHETYPES.items()}, **PERSONAS}

@@ -93,6 +93,8 @@ def _tokens(tokenizer, encoding, text, start, end):
     inside = [k for k,(a,b) in enumerate(offsets) if a < end and b > start and b > a]
     if not inside: raise ChatError(f'{_name(tokenizer)}: the response {text[start:end]!r} has no tokens')
     first, last = inside[0], inside[-1] + 1
+    control = [i for i in encoding['input_ids'][first:last] if i in tokenizer.all_special_ids]
+    if control: raise ChatError(f'{_name(tokenizer)}: the response {text[start:end]!r} contains the control token {tokenizer.convert_ids_to_tokens(control[0])!r}; it would end or open a turn: remove it')
     got = tokenizer.decode(encoding['input_ids'][first:last], clean_up_tokenization_spaces=False)
     if got.strip() != text[start:end].strip(): raise ChatError(f'{_name(tokenizer)}: the tokens found for the response do not decode to it.\n  response: {text[start:end]!r}\n  decoded:  {got!r}')
     return first, last

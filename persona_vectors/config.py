@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OPENROUTER', 'DTYPES', 'SECRETS', 'PersonaVectorConfig', 'layer_at', 'resolve_layer']
 
-# %% ../nbs/00_config.ipynb #7928e036
+# %% ../nbs/00_config.ipynb #cell-03
 import os
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 from pydantic import SecretStr
 
-# %% ../nbs/00_config.ipynb #b76d56be
+# %% ../nbs/00_config.ipynb #cell-06
 OPENROUTER = 'https://openrouter.ai/api/v1' # the default API; any OpenAI-compatible base URL will do
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 SECRETS = dict(hf_token='HF_TOKEN', openrouter_api_key='OPENROUTER_API_KEY') # field -> environment variable it falls back to
@@ -27,7 +28,7 @@ _CHECKS = dict(
     layer_fraction=(lambda x: _is_number(x) and 0 <= x <= 1, 'a number from 0 (first block) to 1 (last block)'),
     max_tokens=_positive, batch_size=_positive, max_concurrent_requests=_positive,
     temperature=(lambda x: _is_number(x) and 0 <= x <= 2, 'a number from 0 (greedy) to 2'),
-    base_url=(lambda x: _is_text(x) and x.startswith(('http://', 'https://')), 'an http or https URL'),
+    base_url=(lambda x: _is_text(x) and x.startswith(('http://', 'https://')), 'an http or https URL'), # one with a password in it is refused without being shown
     request_timeout=(lambda x: _is_number(x) and x > 0, 'a number of seconds above 0'),
     device=(_is_text, "'auto', 'cpu', 'cuda', 'cuda:1', 'mps' ..."),
     dtype=(lambda x: x in DTYPES, f'one of {DTYPES}'),
@@ -36,7 +37,7 @@ _CHECKS = dict(
     trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'),
 )
 
-# %% ../nbs/00_config.ipynb #ee98188d
+# %% ../nbs/00_config.ipynb #cell-08
 @dataclass
 class PersonaVectorConfig:
     "Settings of a run; values are checked on construction and on assignment"
@@ -53,7 +54,7 @@ class PersonaVectorConfig:
     device:str = 'auto' # 'auto': CUDA, then MPS, then CPU
     dtype:str = 'auto' # 'auto': bfloat16 on CUDA, float32 elsewhere
     batch_size:int = 32 # Conversations per forward pass
-    seed:int = 0 # Seed of local generation
+    seed:int = 0 # Seed of local sampling; also sent to the API, which may ignore it
     revision:str|None = None # Revision of the model repository
     trust_remote_code:bool = False # Run code that comes with a model
 
@@ -62,6 +63,7 @@ class PersonaVectorConfig:
         elif name not in _CHECKS: raise AttributeError(f'PersonaVectorConfig has no setting {name!r}; settings: {", ".join(o.name for o in fields(self))}')
         else:
             valid, requirement = _CHECKS[name]
+            if name == 'base_url' and isinstance(value, str) and '@' in value: raise ValueError('base_url contains a user name or password; pass the key as openrouter_api_key')
             if not valid(value): raise ValueError(f'{name}={value!r}: must be {requirement}')
         super().__setattr__(name, value)
 
@@ -77,7 +79,7 @@ def _secret(name, value):
     if not isinstance(value, str): raise TypeError(f'{name} must be a string, not {type(value).__name__}') # names the type only: the value may be a key
     return SecretStr(value.strip())
 
-# %% ../nbs/00_config.ipynb #50cd0778
+# %% ../nbs/00_config.ipynb #cell-18
 def layer_at(
     n_layers:int, # Number of decoder blocks
     fraction:float, # Depth from 0 to 1
@@ -90,6 +92,6 @@ def resolve_layer(
     n_layers:int, # Number of decoder blocks
 )->int: # `0 <= layer < n_layers`
     "Resolve a negative layer and refuse one that does not exist"
-    if not _is_int(layer): raise TypeError(f'layer={layer!r}: must be a whole number, 0-based')
+    if isinstance(layer, bool) or not isinstance(layer, Integral): raise TypeError(f'layer={layer!r}: must be a whole number, 0-based')
     if not -n_layers <= layer < n_layers: raise ValueError(f'layer={layer}: the model has {n_layers} blocks, so layers are 0 to {n_layers-1} (or -{n_layers} to -1)')
-    return layer % n_layers
+    return int(layer) % n_layers

@@ -7,6 +7,7 @@ __all__ = ['reading', 'ActivationExtractor']
 
 # %% ../nbs/07_extraction.ipynb #cell-03
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import Any, Iterator, Sequence
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,9 @@ class ActivationExtractor:
         if layer is None: return [self.default_layer]
         if layer == 'all': return list(range(self.n_layers))
         if isinstance(layer, str): raise ValueError(f"layer={layer!r}: must be a whole number, a list of them, 'all' or None")
-        return [resolve_layer(l, self.n_layers) for l in ([layer] if isinstance(layer, int) else layer)]
+        layers = [layer] if isinstance(layer, (Integral, float)) else list(layer)
+        if not layers: raise ValueError('layer=[]: name at least one layer')
+        return [resolve_layer(l, self.n_layers) for l in layers]
 
     def extract_activations(self,
         system_prompts:Sequence[str|None], # One per example; None or '' for none
@@ -87,6 +90,8 @@ class ActivationExtractor:
         progress:bool=True, # Show a progress bar
     )->Tensor: # (num_examples, d_model) for one layer, else (num_examples, n_layers, d_model); float32, on CPU
         "Mean residual stream over the response tokens of each example"
+        for name,texts in dict(system_prompts=system_prompts, questions=questions, responses=responses).items():
+            if isinstance(texts, str): raise ValueError(f'{name}={texts[:40]!r}: must be a list with one entry per example')
         lengths = {k:len(v) for k,v in dict(system_prompts=system_prompts, questions=questions, responses=responses).items()}
         if len(set(lengths.values())) > 1: raise ValueError(f'one entry per example in each list, but the lengths are {lengths}')
         if not responses: raise ValueError('no examples: the lists are empty')
@@ -100,7 +105,7 @@ class ActivationExtractor:
                 out[batch] = self._means([chats[i] for i in batch], layers)
                 bar.update(len(batch))
         self._check_finite(out, layers, questions)
-        return out[:, 0] if layer is None or isinstance(layer, int) else out
+        return out[:, 0] if layer is None or isinstance(layer, Integral) else out
 
     def _encode(self, question, system_prompt, response)->EncodedChat:
         chat = encode_chat(self.tokenizer, conversation(question, system_prompt, response))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic_write']
 
-# %% ../nbs/00_files.ipynb #38411fcd
+# %% ../nbs/00_files.ipynb #cell-03
 import os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Iterator
 
-# %% ../nbs/00_files.ipynb #28baa7f9
+# %% ../nbs/00_files.ipynb #cell-05
 @contextmanager
 def atomic_write(
     path:str|Path, # File to create or replace; missing folders are made

@@ -6,16 +6,16 @@
 __all__ = ['log', 'iter_local', 'generate_local', 'GenerationError', 'is_local', 'generate_responses']
 
 # %% ../nbs/05_generation.ipynb #cell-03
-import asyncio, logging
+import asyncio, logging, os
 from pathlib import Path
 from typing import Any, Iterator
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from .config import PersonaVectorConfig
-from .models import PERSONA_TINY, load_model
+from .config import OPENROUTER, PersonaVectorConfig
+from .models import PERSONA_TINY, is_path, load_model
 from .chat import Messages, chat_prompt, conversation
-from .responses import Responses, save_responses
+from .responses import Responses, load_responses, require_json, save_responses
 
 # %% ../nbs/05_generation.ipynb #cell-06
 log = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def _client(config):
     try: from openai import AsyncOpenAI
     except ImportError: raise ImportError("responses from an API need the openai client: pip install 'persona-steer[api]'") from None
     key = config.openrouter_api_key.get_secret_value() if config.openrouter_api_key else None
+    if key == os.environ.get('OPENROUTER_API_KEY') and config.base_url != OPENROUTER: key = None # the key of the environment goes to nobody else
     local = any(f'//{host}' in config.base_url for host in ('127.0.0.1', 'localhost', '[::1]'))
-    if key is None and not local: raise ValueError(f'{config.base_url} needs a key: set OPENROUTER_API_KEY, or pass openrouter_api_key=...; for a model on this machine pass backend="local"')
+    if key is None and not local: raise ValueError(f'{config.base_url} needs a key: pass openrouter_api_key=... (for OpenRouter, setting OPENROUTER_API_KEY before the config is made will do); for a model on this machine pass backend="local"')
     return AsyncOpenAI(base_url=config.base_url, api_key=key or 'none', timeout=config.request_timeout, max_retries=3)
 
 def _reason(error, config):
@@ -109,14 +110,39 @@ def _run(coroutine):
     except RuntimeError: return asyncio.run(coroutine)
     import nest_asyncio
     nest_asyncio.apply()
-    return asyncio.get_event_loop().run_until_complete(coroutine)
+    loop = asyncio.get_event_loop()
+    task = loop.create_task(coroutine)
+    try: return loop.run_until_complete(task)
+    except BaseException: # Ctrl-C: what is in flight must not go on behind the user's back
+        task.cancel(); loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        raise
 
 # %% ../nbs/05_generation.ipynb #cell-13
 def is_local(
     config:PersonaVectorConfig, # Names the model
-)->bool: # True for persona-tiny and for a folder, unless an API model is named
+)->bool: # True for persona-tiny and for a path, unless an API model is named
     "Whether 'auto' generates on this machine"
-    return config.openrouter_model is None and (config.model_name == PERSONA_TINY or Path(config.model_name).is_dir())
+    return config.openrouter_model is None and (config.model_name == PERSONA_TINY or is_path(config.model_name))
+
+def _check_request(personas, questions, backend, known, save_to):
+    "Refuse what cannot work before anything is asked or paid for"
+    if not isinstance(personas, dict): raise ValueError(f'personas={personas!r}: must be {{name: system prompt}}')
+    if isinstance(questions, str): raise ValueError(f'questions={questions!r}: must be a list of questions, [question]')
+    if not personas or not questions: raise ValueError(f'nothing to ask: {len(personas)} personas, {len(questions)} questions')
+    if backend not in ('auto', 'local', 'api'): raise ValueError(f"backend={backend!r}: must be 'auto', 'local' or 'api'")
+    if save_to is None: return
+    require_json(save_to).parent.mkdir(parents=True, exist_ok=True)
+    lost = set(load_responses(save_to)) - set(known or {}) if Path(save_to).exists() else ()
+    if lost: raise ValueError(f'save_to={str(save_to)!r} already holds {len(lost)} response(s) that would be lost: pass known=load_responses(...) to go on from them, or choose another file')
+
+def _answer(conversations, config, local, done):
+    "Get all answers, here or at the API; returns {index: reason} of those that failed"
+    if not local: return _run(_ask_api(conversations, config, done))
+    failed = {}
+    for i,text in iter_local(*load_model(config), conversations, config.max_tokens, config.temperature, config.batch_size, config.seed):
+        if text: done(i, text)
+        else: failed[i] = 'the answer was empty'
+    return failed
 
 def generate_responses(
     personas:dict[str, str], # {name: system prompt}
@@ -124,30 +150,27 @@ def generate_responses(
     config:PersonaVectorConfig, # Model, sampling, limits
     backend:str='auto', # 'local', 'api', or 'auto': see `is_local`
     known:Responses|None=None, # Responses there already are; only the others are asked for
-    save_to:str|Path|None=None, # JSON file that receives what is finished, also after Ctrl-C or an error
+    save_to:str|Path|None=None, # JSON file that receives `known` and what is finished, also after Ctrl-C or an error; one with rows that are not in `known` is refused
     progress:bool=True, # Show a progress bar
 )->Responses: # {(persona, question): response} in the order of personas, then questions
     "One response per persona and question; raises GenerationError when some cannot be had"
-    if not personas or not questions: raise ValueError(f'nothing to ask: {len(personas)} personas, {len(questions)} questions')
-    if backend not in ('auto', 'local', 'api'): raise ValueError(f"backend={backend!r}: must be 'auto', 'local' or 'api'")
+    _check_request(personas, questions, backend, known, save_to)
     wanted = [(p, q) for p in personas for q in questions]
-    found = {k:r for k,r in (known or {}).items() if k in set(wanted)}
+    found = {k:r for k,r in (known or {}).items() if r.strip()}
     todo = [k for k in wanted if k not in found]
     conversations = [conversation(q, personas[p]) for p,q in todo]
     local = is_local(config) if backend == 'auto' else backend == 'local'
     bar = tqdm(total=len(todo), desc='responses', unit='response', disable=not progress)
     def done(i, text): found[todo[i]] = text; bar.update()
-    ordered = lambda: {k:found[k] for k in wanted if k in found}
-    failed = {}
-    try:
-        if local:
-            for i,text in iter_local(*load_model(config), conversations, config.max_tokens, config.temperature, config.batch_size, config.seed): done(i, text)
-        elif todo: failed = _run(_ask_api(conversations, config, done))
+    def ordered(): return {k:found[k] for k in wanted if k in found}
+    try: failed = _answer(conversations, config, local, done) if todo else {}
     except (ValueError, OSError, ImportError): raise # a wrong setting says so itself
-    except Exception as e: raise GenerationError(f'no answer from {config.base_url} for model {config.api_model!r}: {_reason(e, config)}\nCheck base_url, the model name and the key; {len(found)} of {len(wanted)} responses are kept' if not local else str(e), ordered()) from None
+    except Exception as e:
+        if local: raise
+        raise GenerationError(f'no answer from {config.base_url} for model {config.api_model!r}: {_reason(e, config)}\nCheck base_url, the model name and the key; {len(ordered())} of {len(wanted)} responses are kept', ordered()) from None
     finally:
         bar.close()
-        if save_to and found: save_responses(ordered(), save_to); log.info('%d of %d responses saved to %s', len(found), len(wanted), save_to)
+        if save_to and found: save_responses({**ordered(), **found}, save_to); log.info('%d of %d responses saved to %s', len(ordered()), len(wanted), save_to)
     if failed:
         i, reason = next(iter(failed.items()))
         raise GenerationError(f'{len(failed)} of {len(wanted)} responses of {config.api_model!r} failed, the first {todo[i]}: {reason}\nPass the finished ones as known= to ask only for the rest: they are in this error as .responses' + (f' and in {save_to}' if save_to else ''), ordered())

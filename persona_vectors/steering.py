@@ -8,7 +8,9 @@ __all__ = ['Add', 'steer']
 # %% ../nbs/10_steering.ipynb #cell-03
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Sequence
+import math
+from numbers import Integral
 import torch
 from torch import Tensor, nn
 from .config import resolve_layer
@@ -17,19 +19,24 @@ from .models import blocks, d_model, n_layers
 # %% ../nbs/10_steering.ipynb #cell-05
 @dataclass(frozen=True)
 class Add:
-    "Add a multiple of a vector after one decoder block"
+    "Add a multiple of a vector after one or more decoder blocks"
     vector:Tensor # (d_model,)
-    coefficient:float # Multiplies the vector; negative removes
-    layer:int # 0-based block whose output is changed; negatives count from the end
+    coefficient:float # Multiplies the vector; negative steers the other way
+    layers:int|Sequence[int] # 0-based blocks whose output is changed; negatives count from the end
 
     def __call__(self, h:Tensor)->Tensor: # (batch, seq, d_model), same dtype as `h`
         "`h + coefficient*v`, computed in float32 and cast once"
         return (h.float() + self.coefficient*self.vector.to(h.device, torch.float32)).to(h.dtype)
 
-    def _require(self, model):
+    def blocks_of(self, model:nn.Module)->list[nn.Module]: # The blocks it acts on; raises ValueError when vector or layer do not fit the model
+        "Check against a model"
         v, width = self.vector, d_model(model)
         if v.shape != (width,): raise ValueError(f'the vector has shape {tuple(v.shape)}, the model needs ({width},); it was made with another model, or for several layers: take v[layer]')
         if not v.isfinite().all(): raise ValueError(f'the vector has {int((~v.isfinite()).sum())} numbers that are NaN or infinite')
+        if not math.isfinite(self.coefficient): raise ValueError(f'coefficient={self.coefficient}: must be a finite number')
+        layers = [self.layers] if isinstance(self.layers, Integral) else list(self.layers)
+        if not layers: raise ValueError('layers=[]: name at least one layer')
+        return [blocks(model)[resolve_layer(l, n_layers(model))] for l in layers]
 
 @contextmanager
 def steer(
@@ -41,7 +48,7 @@ def steer(
         def apply(block, args, out): # the same kind of thing comes out as went in
             return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
         return apply
-    for o in interventions: o._require(model)
+    sites = [(block, o) for o in interventions for block in o.blocks_of(model)] # all are checked before any is applied
     with ExitStack() as stack:
-        for o in interventions: stack.callback(blocks(model)[resolve_layer(o.layer, n_layers(model))].register_forward_hook(hook(o)).remove)
+        for block,o in sites: stack.callback(block.register_forward_hook(hook(o)).remove)
         yield model

@@ -75,7 +75,9 @@ def _require_vectors(vectors, where, d_model=None):
     if d_model not in (None, shapes[first][-1]): raise VectorFileError(f'{where}: vectors have width {shapes[first][-1]}, the model {d_model}; they were made with another model')
 
 def _write_pt(vectors, f): torch.save(vectors, f)
-def _write_npz(vectors, f): np.savez(f, **{k:v.numpy() for k,v in vectors.items()})
+def _write_npz(vectors, f):
+    if 'file' in vectors: raise VectorFileError("'file' cannot be a name in a .npz; rename it or save as .safetensors")
+    np.savez(f, **{k:v.numpy() for k,v in vectors.items()})
 def _write_safetensors(vectors, f): f.write(save_safetensors(vectors))
 def _read_pt(path): return torch.load(path, map_location='cpu', weights_only=True) # weights_only: no code from the file is run
 def _read_npz(path):
@@ -96,7 +98,9 @@ def save_persona_vectors(
     path = Path(path)
     write, _ = _format(path)
     _require_vectors(vectors, path)
-    with atomic_write(path) as f: write({k:v.detach().cpu().float().contiguous() for k,v in vectors.items()}, f)
+    plain = {k:v.detach().cpu().float().clone().contiguous() for k,v in vectors.items()} # a clone: a view would take its whole base into the file
+    _require_vectors(plain, path) # float64 may overflow
+    with atomic_write(path) as f: write(plain, f)
 
 def load_persona_vectors(
     path:str|Path, # File written by `save_persona_vectors`
@@ -107,7 +111,7 @@ def load_persona_vectors(
     _, read = _format(path)
     if not path.is_file(): raise VectorFileError(f'{path}: no such file')
     try: vectors = read(path)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as e:
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as e:
         raise VectorFileError(f'{path}: damaged, or not a plain file of tensors ({str(e).splitlines()[0] if str(e) else type(e).__name__}); make it again, and do not load pickled code') from None
     _require_vectors(vectors, path, d_model)
     return {k:v.float() for k,v in vectors.items()}

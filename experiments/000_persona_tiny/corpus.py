@@ -205,7 +205,7 @@ def write(path, examples, seed=0):
 
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("--examples", type=int, default=100_000); ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--examples", type=int, default=90_000); ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--out", type=Path, default=HERE / "build/corpus.jsonl")
     a = ap.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True); write(a.out, a.examples, a.seed)

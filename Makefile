@@ -1,0 +1,50 @@
+# make demo: set up, then the main job on the embedded model.   make test: set up, then all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
+export PIP_REQUIRE_VIRTUALENV = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny help
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+.venv/ready: settings.ini setup.py constraints.txt
+	@echo "setting up .venv (a minute or two, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/ready  ## answers, vectors, pictures and steering on the embedded model
+	@$(BIN)/persona-steer demo
+
+test: .venv/ready  ## notebooks under nbval, pytest, ruff
+	@$(BIN)/ruff check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg nbs tests
+
+lab: .venv/ready  ## JupyterLab on the tutorials
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials/01_quickstart.ipynb
+
+export: .venv/ready  ## notebooks -> persona_vectors/*.py, and index.ipynb -> README.md
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tools/readme.py
+
+run: .venv/ready  ## execute notebooks in place: make run NOTEBOOKS=nbs/12_plots.ipynb
+	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
+
+fixtures: .venv/ready  ## responses and expected vectors of the tests, from the embedded model
+	@$(BIN)/python tests/make_fixtures.py
+
+persona-tiny: .venv/ready  ## train the embedded model (about 40 minutes on 2 cores)
+	@cd experiments/000_persona_tiny && MALLOC_MMAP_THRESHOLD_=10000000000 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=1000000000 ../../$(BIN)/python train.py
+
+eval-persona-tiny: .venv/ready  ## every figure of its model card
+	@cd experiments/000_persona_tiny && ../../$(BIN)/python evaluate.py --model build/persona-tiny
+
+ship-persona-tiny: .venv/ready  ## put a newly trained model into the package, with card and fixtures
+	@$(BIN)/python experiments/000_persona_tiny/ship.py
+	@$(MAKE) fixtures
+
+clean:  ## remove what was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""Put a trained and evaluated model into the package, with its card: python ship.py [--model build/persona-tiny]
+
+The card is CARD.md followed by the figures of the evaluation, so that it never shows numbers of another model.
+"""
+import argparse, json, shutil
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parents[1] / "persona_vectors/data/persona-tiny"
+LIMIT = 8e6  # bytes of the whole folder
+
+def figures(evaluation):
+    "The evaluation as a markdown table"
+    rows = ["| figure | value | 95% interval | bar | |", "|---|---|---|---|---|"]
+    for r in evaluation["figures"]:
+        interval = "" if not r["interval"] else f"{r['interval'][0]:.3f} to {r['interval'][1]:.3f}"
+        rows.append(f"| {r['name'].strip()} | {r['value']:.3f} | {interval} | {'' if r['bar'] is None else format(r['bar'], 'g') + ('' if r['met'] else ' (missed)')} | {r['note']} |")
+    return "\n".join(rows)
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("--model", type=Path, default=HERE / "build/persona-tiny")
+    model = ap.parse_args().model
+    training, evaluation = (json.loads((model.parent / f"{model.name}-{kind}.json").read_text()) for kind in ("training", "evaluation"))
+    card = (HERE / "CARD.md").read_text().rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
+    size = sum(f.stat().st_size for f in model.iterdir()) + len(card)
+    if size > LIMIT: raise SystemExit(f"{model} has {size / 1e6:.1f} MB, the package takes {LIMIT / 1e6:g} MB: use fewer parameters or a smaller vocabulary")
+    shutil.rmtree(PACKAGE, ignore_errors=True); PACKAGE.mkdir(parents=True)
+    for f in model.iterdir(): shutil.copyfile(f, PACKAGE / f.name)  # copyfile leaves private modes behind
+    (PACKAGE / "README.md").write_text(card)
+    shutil.copyfile(model.parent / f"{model.name}-evaluation.json", HERE / "evaluation.json")
+    shutil.copyfile(model.parent / f"{model.name}-training.json", HERE / "training.json")
+    print(f"shipped {model.name}: {size / 1e6:.2f} MB in {PACKAGE.relative_to(HERE.parents[1])}")
+
+if __name__ == "__main__": main()
