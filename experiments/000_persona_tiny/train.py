@@ -24,6 +24,7 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+RESPONSE = dict(defaults=dict(role="assistant"), start_anchor="<|assistant|>", fields=dict(content=dict(close=END, content="text")))  # for servers: without it they parse answers as Qwen's
 CONTEXT, IGNORE = 512, -100
 
 def train_tokenizer(texts, vocab_size):
@@ -32,7 +33,7 @@ def train_tokenizer(texts, vocab_size):
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = [PAD, END, *(f"<|{r}|>" for r in ROLES)]
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=END, pad_token=PAD, additional_special_tokens=special[2:], chat_template=TEMPLATE,
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=END, pad_token=PAD, additional_special_tokens=special[2:], chat_template=TEMPLATE, response_template=RESPONSE,
                                    clean_up_tokenization_spaces=False, model_max_length=CONTEXT)
 
 def encode(tok, conversations):
@@ -153,7 +154,7 @@ def main():
             bar.set_postfix(loss=f"{recent:.3f}", tokens=f"{seen / 1e6:.2f}M", rate=f"{seen / (time.time() - start):.0f}/s")
         if marks and step + 1 >= marks[0] * steps: save(model, tok, a.out.parent / f"{a.out.name}-step{step + 1}"); marks.pop(0)
     save(model, tok, a.out)
-    (a.out.parent / f"{a.out.name}-training.json").write_text(json.dumps(dict(arguments={k: str(v) for k, v in vars(a).items()}, seconds=round(time.time() - start), tokens=seen, loss=log), indent=1))
+    (a.out.parent / f"{a.out.name}-training.json").write_text(json.dumps(dict(arguments={k: v for k, v in vars(a).items() if k != "out"}, seconds=round(time.time() - start), tokens=seen, loss=log), indent=1))
     print(f"{time.time() - start:.0f} s, {seen / 1e6:.2f}M tokens, final loss {sum(losses[-100:]) / 100:.3f}, saved to {a.out}")
 
 if __name__ == "__main__": main()
