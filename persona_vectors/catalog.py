@@ -67,6 +67,16 @@ class Safety(_Entry):
 Personas = Annotated[dict[Text, Text], Field(min_length=1)]
 
 # %% ../nbs/01_catalog.ipynb #cell-08
+def _unique(pairs:list[tuple[Any, Any]])->dict:
+    "A dict of the pairs; a parser would keep the last of two equal keys without a word"
+    keys = [k for k,_ in pairs]
+    twice = [k for k in keys if keys.count(k) > 1]
+    if twice: raise CatalogError(f'{twice[0]!r} is there twice; rename or remove one')
+    return dict(pairs)
+
+class _Loader(yaml.SafeLoader): "YAML without code and without repeated keys"
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k,v in node.value]))
+
 def _read(path:str|Path)->Any:
     "The parsed YAML or JSON file"
     path = Path(path)
@@ -74,7 +84,8 @@ def _read(path:str|Path)->Any:
     try: text = path.read_text(encoding='utf-8')
     except FileNotFoundError: raise CatalogError(f'{path}: no such file') from None
     except UnicodeDecodeError as e: raise CatalogError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8') from None
-    try: return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+    try: return json.loads(text, object_pairs_hook=_unique) if path.suffix == '.json' else yaml.load(text, _Loader)
+    except CatalogError as e: raise CatalogError(f'{path}: {e}') from None
     except (json.JSONDecodeError, yaml.YAMLError) as e: raise CatalogError(f'{path}: cannot be parsed. {e}') from None
 
 _REMEDIES = {'missing': 'add it', 'extra_forbidden': 'remove it or correct its spelling', 'string_type': 'write text, in quotes if YAML reads it as something else',

@@ -87,7 +87,7 @@ def plot_split_half(
     "Split-half cosine of each persona"
     rows = sorted(cosines.items(), key=lambda o: o[1])
     fig = go.Figure(go.Bar(x=[round(v, 3) for _,v in rows], y=[k for k,_ in rows], orientation='h', marker_color=GROUP_COLORS[0], text=[f'{v:.2f}' for _,v in rows], textposition='outside', cliponaxis=False, hovertemplate='%{y}: %{x:.3f}<extra></extra>'))
-    fig.update_layout(**_layout(title, f'cosine between the vectors of two random halves of {n_questions} questions; 0 is noise, 1 is identical halves', width=760, height=120 + 20*len(rows), margin=dict(l=125, t=75, r=45, b=45), bargap=.25))
+    fig.update_layout(**_layout(title, f'cosine between the vectors of two random halves of {n_questions} questions; 0 is noise, 1 is identical halves', width=760, height=120 + 20*len(rows), margin=dict(l=125, t=75, r=45, b=60), bargap=.25))
     fig.update_xaxes(range=[min(0, *cosines.values()), 1.02], gridcolor=GRID, title='split-half cosine')
     return fig
 
@@ -96,17 +96,18 @@ log = logging.getLogger(__name__)
 
 def save_figure(
     fig:go.Figure, # Any figure
-    path:str|Path, # Without suffix, or with one that is ignored
+    path:str|Path, # Without suffix; .html and .png are taken off
     png:bool=True, # Also a PNG, where Chrome or Chromium is installed
 )->list[Path]: # The files written: .html, and .png where it was possible
     "Write a figure as an offline HTML page and as a PNG"
     path = Path(path)
-    written = [path.with_suffix('.html')]
+    stem = path.with_suffix('') if path.suffix in ('.html', '.png') else path
+    written = [Path(f'{stem}.html')]
     with atomic_write(written[0], 'w') as f: f.write(fig.to_html(include_plotlyjs=True, full_html=True))
     if png:
         try: data = fig.to_image('png', scale=2)
         except (ImportError, RuntimeError, ValueError) as e: log.info("no PNG (%s); for PNG files: pip install 'persona-steer[png]' and Chrome or Chromium", str(e).splitlines()[0])
         else:
-            written.append(path.with_suffix('.png'))
+            written.append(Path(f'{stem}.png'))
             with atomic_write(written[1]) as f: f.write(data)
     return written

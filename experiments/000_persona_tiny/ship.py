@@ -5,6 +5,9 @@ The card is CARD.md followed by the figures of the evaluation, so that it never 
 import argparse, json, shutil
 from pathlib import Path
 
+from persona_vectors.config import PersonaVectorConfig
+from persona_vectors.models import fingerprint, load_model
+
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "persona_vectors/data/persona-tiny"
 LIMIT = 8e6  # bytes of the whole folder
@@ -20,14 +23,20 @@ def figures(evaluation):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--model", type=Path, default=HERE / "build/persona-tiny")
-    model = ap.parse_args().model
+    ap.add_argument("--accept-missed", action="store_true", help="ship although bars are missed; the card marks them")
+    a = ap.parse_args()
+    model = a.model
     training, evaluation = (json.loads((model.parent / f"{model.name}-{kind}.json").read_text()) for kind in ("training", "evaluation"))
+    if evaluation["fingerprint"] != fingerprint(load_model(PersonaVectorConfig(model_name=str(model.resolve()), device="cpu"))[0]): raise SystemExit(f"the evaluation is of other weights than {model}: run make eval-persona-tiny")
+    missed = [r["name"] for r in evaluation["figures"] if r["met"] is False]
+    if missed and not a.accept_missed: raise SystemExit(f"bars missed: {'; '.join(missed)}. Ship anyway with --accept-missed")
     card = (HERE / "CARD.md").read_text().rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
     size = sum(f.stat().st_size for f in model.iterdir()) + len(card)
     if size > LIMIT: raise SystemExit(f"{model} has {size / 1e6:.1f} MB, the package takes {LIMIT / 1e6:g} MB: use fewer parameters or a smaller vocabulary")
-    shutil.rmtree(PACKAGE, ignore_errors=True); PACKAGE.mkdir(parents=True)
-    for f in model.iterdir(): shutil.copyfile(f, PACKAGE / f.name)  # copyfile leaves private modes behind
-    (PACKAGE / "README.md").write_text(card)
+    new = PACKAGE.with_name(".persona-tiny.new"); shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
+    for f in model.iterdir(): shutil.copyfile(f, new / f.name)  # copyfile leaves private modes behind
+    (new / "README.md").write_text(card)
+    shutil.rmtree(PACKAGE, ignore_errors=True); new.rename(PACKAGE)  # complete before the old one goes
     shutil.copyfile(model.parent / f"{model.name}-evaluation.json", HERE / "evaluation.json")
     shutil.copyfile(model.parent / f"{model.name}-training.json", HERE / "training.json")
     print(f"shipped {model.name}: {size / 1e6:.2f} MB in {PACKAGE.relative_to(HERE.parents[1])}")
