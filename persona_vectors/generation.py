@@ -172,6 +172,6 @@ def generate_responses(
         bar.close()
         if save_to and found: save_responses({**ordered(), **found}, save_to); log.info('%d of %d responses saved to %s', len(ordered()), len(wanted), save_to)
     if failed:
-        i, reason = next(iter(failed.items()))
-        raise GenerationError(f'{len(failed)} of {len(wanted)} responses of {config.api_model!r} failed, the first {todo[i]}: {reason}\nPass the finished ones as known= to ask only for the rest: they are in this error as .responses' + (f' and in {save_to}' if save_to else ''), ordered())
+        i = min(failed) # the first in the order of the request, whoever failed first
+        raise GenerationError(f'{len(failed)} of {len(wanted)} responses of {config.api_model!r} failed, the first {todo[i]}: {failed[i]}\nPass the finished ones as known= to ask only for the rest: they are in this error as .responses' + (f' and in {save_to}' if save_to else ''), ordered())
     return ordered()

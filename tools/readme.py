@@ -17,6 +17,7 @@ def render():
     "(markdown, {file name: bytes of a picture})"
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and HIDDEN.search(c.source))]
+    nb.metadata.language_info = dict(name="python")  # fences say which language they hold
     for c in nb.cells:
         for o in c.get("outputs", []):  # a picture says it better than its JSON
             if "image/png" in o.get("data", {}): o["data"] = {"image/png": o["data"]["image/png"]}
