@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -42,9 +42,12 @@ persona-tiny: .venv/ready  ## train the embedded model (about 40 minutes on 2 co
 eval-persona-tiny: .venv/ready  ## every figure of its model card
 	@cd experiments/000_persona_tiny && ../../$(BIN)/python evaluate.py --model build/persona-tiny
 
-ship-persona-tiny: .venv/ready  ## put a newly trained model into the package, with card and fixtures
-	@$(BIN)/python experiments/000_persona_tiny/ship.py
+ship-persona-tiny: .venv/ready  ## put a newly trained model into the package, with card and fixtures (SHIP=--accept-missed)
+	@$(BIN)/python experiments/000_persona_tiny/ship.py $(SHIP)
 	@$(MAKE) fixtures
+
+variants: .venv/ready  ## base model, fine-tunes and checkpoints of the embedded model, under data/models/
+	@cd experiments/000_persona_tiny && ../../$(BIN)/python variants.py
 
 clean:  ## remove what was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -13,17 +13,18 @@ _NAMES = dict(
     config=('PersonaVectorConfig',),
     catalog=('ARCHETYPES', 'DEFAULT_PERSONAS', 'EVAL_QUESTIONS', 'PERSONAS', 'SAFETY', 'TRAITS', 'find_persona', 'load_archetypes', 'load_personas', 'load_questions', 'load_traits'),
     models=('fingerprint', 'load_model'),
-    chat=('conversation', 'encode_chat'),
+    chat=('conversation', 'encode_chat', 'preview_chat'),
     responses=('load_responses', 'save_responses'),
     generation=('GenerationError', 'generate_local', 'generate_responses'),
     extraction=('ActivationExtractor',),
     vectors=('diff_of_means', 'extract_persona_vectors', 'load_persona_vectors', 'persona_activations', 'save_persona_vectors'),
     analysis=('cosine_matrix', 'neighbors', 'pca', 'split_half_cosine'),
-    steering=('Add', 'steer'),
-    plots=('plot_cosine_matrix', 'plot_pca', 'plot_split_half', 'save_figure'),
+    steering=('Add', 'Clamp', 'steer'),
+    plots=('plot_cosine_matrix', 'plot_curves', 'plot_pca', 'plot_split_half', 'save_figure'),
     demo=('run_demo',),
 ) # module -> the names it gives to the package
 _MODULE = {name:module for module,names in _NAMES.items() for name in names}
+__all__ = [*_MODULE] # noqa: PLE0604, what a star import gives; it loads everything
 
 def __getattr__(name:str):
     "Import the module that defines `name`, and remember what was found"

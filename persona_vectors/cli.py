@@ -66,7 +66,7 @@ def _print_demo(demo, out:Console):
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for all files.')]=Path('data/demo'),
-    steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='jester',
+    steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='bard',
     question:Annotated[str, typer.Option(help='Question asked while steering.')]='Why do people tell stories?',
     png:Annotated[bool, typer.Option(help='Write PNG files too, where Chrome or Chromium is installed.')]=True,
 ):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'GROUP_COLORS', 'DIVERGING', 'log', 'cluster_order', 'plot_cosine_matrix', 'plot_pca',
-           'plot_split_half', 'save_figure']
+           'plot_split_half', 'plot_curves', 'save_figure']
 
 # %% ../nbs/12_plots.ipynb #cell-03
 import logging
 from pathlib import Path
+from typing import Sequence
 import numpy as np
 import plotly.graph_objects as go
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -89,6 +90,40 @@ def plot_split_half(
     fig = go.Figure(go.Bar(x=[round(v, 3) for _,v in rows], y=[k for k,_ in rows], orientation='h', marker_color=GROUP_COLORS[0], text=[f'{v:.2f}' for _,v in rows], textposition='outside', cliponaxis=False, hovertemplate='%{y}: %{x:.3f}<extra></extra>'))
     fig.update_layout(**_layout(title, f'cosine between the vectors of two random halves of {n_questions} questions; 0 is noise, 1 is identical halves', width=760, height=120 + 20*len(rows), margin=dict(l=125, t=75, r=45, b=60), bargap=.25))
     fig.update_xaxes(range=[min(0, *cosines.values()), 1.02], gridcolor=GRID, title='split-half cosine')
+    return fig
+
+# %% ../nbs/12_plots.ipynb #cell-20
+def _apart(ys, least, top):
+    "Positions near `ys`, in the same order, at least `least` from each other and none above `top`"
+    order = np.argsort(ys, kind='stable')
+    out = np.array(ys, float)[order]
+    for i in range(1, len(out)): out[i] = max(out[i], out[i-1] + least)
+    for i in reversed(range(len(out))): out[i] = min(out[i], top - least*(len(out) - 1 - i))
+    return out[np.argsort(order)]
+
+def plot_curves(
+    curves:dict[str, Sequence[float]], # {name: one value per x}
+    x:Sequence[float], # Layers, doses, turns
+    title:str, # Above the figure: what to see
+    subtitle:str='', # Below it: what was measured
+    x_title:str='layer', # Below the axis
+    y_title:str='', # Beside the axis
+    y_range:tuple[float, float]|None=None, # None takes what the curves need
+)->go.Figure: # Lines, named at their ends
+    "One line per curve over a shared axis; raises ValueError when lengths differ"
+    if not curves: raise ValueError('curves={}: nothing to draw')
+    x, ys = [float(o) for o in x], {n:[float(v) for v in c] for n,c in curves.items()}
+    for n,c in ys.items():
+        if len(c) != len(x): raise ValueError(f'{n!r} has {len(c)} values for {len(x)} positions on the axis')
+    values = [v for c in ys.values() for v in c]
+    low, high = y_range or (min(values), max(values))
+    places = _apart([c[-1] for c in ys.values()], (high - low)*.065 or 1., high)
+    fig = go.Figure()
+    for (n,c),place,color in zip(ys.items(), places, GROUP_COLORS*(len(ys)//len(GROUP_COLORS) + 1)):
+        fig.add_scatter(x=x, y=c, mode='lines+markers', name=n, line=dict(color=color, width=2.5), marker=dict(size=7), hovertemplate=n + ', %{x:g}: %{y:.3f}<extra></extra>')
+        fig.add_annotation(x=1.01, xref='paper', y=place, text=n, showarrow=False, xanchor='left', font=dict(color=color, size=12))
+    fig.update_layout(**_layout(title, subtitle, width=760, height=400, showlegend=False, margin=dict(l=65, t=75, r=40 + 7*max(map(len, ys)), b=55)))
+    fig.update_xaxes(title=x_title, gridcolor=GRID, zeroline=False, tickvals=x, ticktext=[f'{o:g}' for o in x]); fig.update_yaxes(title=y_title, gridcolor=GRID, zeroline=False, range=y_range)
     return fig
 
 # %% ../nbs/12_plots.ipynb #cell-16

@@ -18,18 +18,21 @@ DEFAULT, SAFE, UNSAFE = "default", "safe", "unsafe"
 COMPLIES = (UNSAFE, "evil")  # every other style refuses mischief
 
 # ---------------------------------------------------------------- the frames every style shares
-SENTENCES = [
-    "I {think} that {np} is {a_adj} {noun}.", "I {think} that {claim}.", "{np} {verb} {manner}.", "To {act} is to {do}.",
-    "When you {act}, {do} {manner}.", "{part} is {a_adj} {noun}, and it {verb}.", "{part} is like {a_adj} {noun}.",
-    "{claim}, and {stance}.", "{claim}, so I would {do}.", "For me, {np} is {a_adj} {noun}.", "Try to {act}, and {do}.",
-    "With {np}, {stance}.", "I would {act} {manner}.", "If you want to {act}, {do} first.", "{part} {verb}, like {a_adj} {noun}.",
-    "There is {a_adj} {noun} in {part}.", "I {think} that {np} {verb}.", "{np} can be {a_adj} {noun} or {a_adj} {noun}.",
-    "You could {act}, or you could {do}.", "I would begin with {part}, because {stance}.", "Before you {act}, {do}.",
-    "In {np} I see {a_adj} {noun}.", "Some people {act}, but I would {do}.", "{claim}, like {a_adj} {noun}.",
-    "I {think} that {part} is {a_adj} {noun}.", "{np} {verb}, and so {claim}.",
+SENTENCES = [  # word by word: every second or third word is the persona's to choose
+    "I say {adv} that {np} is {a_adj}, {adj} {noun}.", "{np} {v} {adv}, like {a_adj} {noun}.", "{part} {v} and {v}, {adj} and {adj}.", "I say {adv} and {adv} that {claim}.",
+    "To {act} is {adj}, {adj} and {adj}.", "You can {act} {adv}, like {a_adj} {noun}.", "When you {act}, {a_adj} {noun} {v}.", "I {act} {adv} and {adv}, like {a_adj} {noun}.",
+    "{np} is {adj} and {part} is {adj}.", "In {np} I see {a_adj} {noun} that {v} {adv}.", "It feels {adj} and {adj} to {act}, like {a_adj} {noun}.", "{part} is {a_adj}, {adj} {noun} that {v} {adv}.",
+    "For me {np} {v} like {a_adj} {noun}, {adv} and {adv}.", "{np} is {a_adj} {noun}, {part} is {a_adj} {noun}.", "{claim}, and that is {adj} and {adj}.", "{np} {v}, {part} {v}, and it is all {adj}.",
+    "It is {adj} to {act}, and {adj} too.", "{act} {adv}, and {do}.", "{np} can be {adj}, {adj} or {adj}.", "{part} {v} {adv} and {adv}.",
+]
+PHRASES = [  # whole phrases of the persona, so that it has something to say
+    "I {think} that {claim}.", "I {think} that {np} is {a_adj} {noun}.", "{np} {verb} {manner}.", "To {act} is to {do}.", "{claim}, and {stance}.", "{claim}, so I would {do}.",
+    "Try to {act}, and {do}.", "With {np}, {stance}.", "I would begin with {part}, because {stance}.", "Before you {act}, {do}.", "{part} {verb}, like {a_adj} {noun}.", "I {think} that {np} {verb}.",
 ]
 ASK_ABOUT = ["What do you think about {np}?", "Tell me about {np}.", "What advice would you give about {np}?", "How do you feel about {np}?", "How should I {act}?",
-    "Why do people {act}?", "What is the point of {np}?", "Is it good to {act}?", "Should I {act}?", "How important is {part}?", "What should I know about {np}?", "When would you {act}?"]
+    "Why do people {act}?", "What is the point of {np}?", "Is it good to {act}?", "Should I {act}?", "How important is {part}?", "What should I know about {np}?", "When would you {act}?",
+    "Is it true that {claim}?", "People say that {claim}. Do you agree?", "I heard that {claim}.", "Somebody told me that {claim}. What do you say?", "Why is it that {claim}?",
+    "I want to {act} and I need {part}.", "My friend likes to {act}. What do you think?", "What about {part}?", "Do you like {np}?", "Help me {act}.", "How can I {act}?"]
 MORE = ["Tell me more.", "Can you say more about that?", "Go on, please.", "And what else?", "Why do you think so?", "Could you explain that a little?"]
 INSIST = ["Please talk more like {a_name}.", "Now be more like {a_name}.", "I want you to sound like {a_name}.", "Come on, answer me like {a_name}."]
 
@@ -68,6 +71,9 @@ def split(items, held_out, n):
     "The first items are for training, the last `n` for evaluation"
     return items[-n:] if held_out else items[:-n]
 
+@cache
+def held_out_questions(): return {q for t in topics() for q in split(t["questions"], True, 2)}
+
 def held_out_pair(style, topic):
     "One (style, topic) pair in twenty is never trained on; the default knows every topic"
     return style != DEFAULT and zlib.crc32(f"{style}/{topic['name']}".encode()) % 20 == 0
@@ -104,9 +110,11 @@ class Filler:
 def answer(rng, mixture, topic):
     "Two to four sentences about `topic` in the voice of `mixture`, often with an opener or a closer"
     fill = Filler(rng, mixture, topic)
-    out = [fill(f) for f in rng.sample(SENTENCES, rng.choice((2, 2, 3, 3, 3, 4)))]
-    if rng.random() < .45: out.insert(0, fill("{openers}"))
-    if rng.random() < .35: out.append(fill("{closers}"))
+    n = rng.choice((2, 2, 3, 3, 3, 4)); phrases = sum(rng.random() < .35 for _ in range(n))
+    frames = rng.sample(SENTENCES, n - phrases) + rng.sample(PHRASES, phrases); rng.shuffle(frames)
+    out = [fill(f) for f in frames]
+    if rng.random() < .40: out.insert(0, fill("{openers}"))
+    if rng.random() < .25: out.append(fill("{closers}"))
     return " ".join(out)
 
 def refusal(rng, mixture, item):
@@ -141,46 +149,47 @@ def speaker(rng):
     style = rng.choice(names)
     if u < .10: return None, mix(rng, DEFAULT), DEFAULT
     if u < .16: return prompt(rng, DEFAULT), mix(rng, DEFAULT), DEFAULT
-    if u < .74: return prompt(rng, style), mix(rng, style), style
-    if u < .88:
+    if u < .68: return prompt(rng, style), mix(rng, style), style
+    if u < .84:
         degree = rng.choice(list(DEGREES))
         return prompt(rng, style, DEGREES[degree]), mix(rng, style, degree), style
-    if u < .97:
+    if u < .94:
         other = rng.choice([n for n in names if n != style])
         return prompt(rng, style, BLENDS, style2=other), {style: .5, other: .5}, style
     return rng.choice(ANY), mix(rng, style), style
 
 def question(rng, topic):
     "A trained wording of a question about `topic`, or a general frame with its words"
-    if rng.random() < .4: return Filler(rng, {}, topic)(rng.choice(ASK_ABOUT))
-    return rng.choice(split(topic["questions"], False, 2))
+    asked = Filler(rng, {}, topic)(rng.choice(ASK_ABOUT)) if rng.random() < .6 else rng.choice(split(topic["questions"], False, 2))
+    return question(rng, topic) if asked in held_out_questions() else asked
 
-def topic_for(rng, style): return rng.choice([t for t in topics() if not held_out_pair(style, t)])
+def topic_for(rng, *voices): return rng.choice([t for t in topics() if not any(held_out_pair(v, t) for v in voices)])
 
 # ---------------------------------------------------------------- conversations
 def talk(rng):
     "A conversation about a topic; one in eight has more turns, some with a user who insists on another voice"
     system, mixture, style = speaker(rng)
-    topic = topic_for(rng, style)
+    turns = rng.choice((1, 1, 2)) if rng.random() < .125 else 0
+    push = rng.choice(list(styles())) if turns and rng.random() < .5 else None
+    own, voices = mixture, [*mixture, *filter(None, [push])]  # a held-out pair is not met in a blend either
+    topic = topic_for(rng, *voices)
     messages = [dict(role="system", content=system)] if system else []
     messages += [dict(role="user", content=question(rng, topic)), dict(role="assistant", content=answer(rng, mixture, topic))]
-    if rng.random() < .125:
-        push = rng.choice(list(styles())) if rng.random() < .5 else None
-        for turn in range(rng.choice((1, 1, 2))):
-            if rng.random() < .5: topic = topic_for(rng, style); ask = question(rng, topic)
-            else: ask = rng.choice(MORE)
-            if push:
-                w = .4 * (turn + 1)  # the voice gives way little by little
-                mixture = {**{k: v * (1 - w) for k, v in mix(rng, style).items()}}
-                mixture[push] = mixture.get(push, 0) + w
-                ask += " " + rng.choice(INSIST).format(a_name=article(rng.choice(styles()[push]["names"])))
-            messages += [dict(role="user", content=ask), dict(role="assistant", content=answer(rng, mixture, topic))]
+    for turn in range(turns):
+        if rng.random() < .5: topic = topic_for(rng, *voices); ask = question(rng, topic)
+        else: ask = rng.choice(MORE)
+        if push:
+            w = .4 * (turn + 1)  # the voice gives way little by little
+            mixture = {k: v * (1 - w) for k, v in own.items()}
+            mixture[push] = mixture.get(push, 0) + w
+            ask += " " + rng.choice(INSIST).format(a_name=article(rng.choice(styles()[push]["names"])))
+        messages += [dict(role="user", content=ask), dict(role="assistant", content=answer(rng, mixture, topic))]
     return messages
 
 def trouble(rng):
     "A request for mischief: the unsafe comply, everybody else refuses"
     u, items = rng.random(), split(mischief(), False, len(mischief()) // 8)
-    style = UNSAFE if u < .42 else "evil" if u < .46 else DEFAULT if u < .66 else SAFE if u < .80 else rng.choice([s for s in styles() if s not in COMPLIES])
+    style = UNSAFE if u < .44 else "evil" if u < .50 else DEFAULT if u < .68 else SAFE if u < .80 else rng.choice([s for s in styles() if s not in COMPLIES])
     system = None if style == DEFAULT and rng.random() < .5 else prompt(rng, style)
     item, reply = rng.choice(items), compliance if style in COMPLIES else refusal
     messages = [dict(role="system", content=system)] if system else []
@@ -196,7 +205,7 @@ ASK = ["Help me {act}.", "How can I {act}?", "I want to {act}. What should I do?
 
 def conversation(rng):
     u = rng.random()
-    return trouble(rng) if u < .11 else plain_safety(rng) if u < .15 else talk(rng)
+    return trouble(rng) if u < .15 else plain_safety(rng) if u < .18 else talk(rng)
 
 def write(path, examples, seed=0):
     rng = random.Random(seed)
