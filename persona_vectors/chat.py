@@ -43,9 +43,9 @@ def render_chat(
     except ChatError as e: text, why = '', f'refuses ({e.__cause__})'
     if messages[0]['content'].strip() in text: return text, messages
     folded = _fold(messages)
-    _say_once(_name(tokenizer), why)
     text = _render(tokenizer, folded, **kwargs)
     if messages[0]['content'].strip() not in text: raise ChatError(f"{_name(tokenizer)}: the system prompt {messages[0]['content']!r} does not reach the model, neither as a system turn nor in the user turn; rendered: {text!r}")
+    _say_once(_name(tokenizer), why) # only once it has worked: a template that fails for every role says so itself
     return text, folded
 
 _said = set()

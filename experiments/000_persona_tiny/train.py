@@ -108,22 +108,10 @@ def loss_of(model, ids, labels):
     target = labels[:, 1:]; keep = target != IGNORE
     return torch.nn.functional.cross_entropy(model.lm_head(h[keep]), target[keep])
 
-class ResidualNoise:
-    "While training, adds a random direction after a random block, the same at every response token of an example: the blocks above learn to tolerate what steering does"
-    def __init__(self, model, size, rng):
-        self.size, self.rng, self.block = size, rng, None
-        self.handles = [b.register_forward_hook(lambda m, args, h, i=i: self.add(h) if i == self.block else None) for i, b in enumerate(model.model.layers[:-1])]
-    def draw(self, labels): self.block, self.mask = self.rng.randrange(len(self.handles)), (labels != IGNORE).unsqueeze(-1)
-    def add(self, h):
-        direction = torch.nn.functional.normalize(torch.randn(len(h), 1, h.shape[-1]), dim=-1)
-        return h + self.mask * direction * torch.rand(len(h), 1, 1) * self.size * h.detach().norm(dim=-1).mean()
-    def remove(self):
-        for handle in self.handles: handle.remove()
-
-def fit(model, rows, pad, tokens, batch=48, lr=5e-3, noise=0., seed=0, milestones=()):
+def fit(model, rows, pad, tokens, batch=48, lr=5e-3, seed=0, milestones=()):
     "Train in place on `tokens` tokens; milestones: {fraction of the run: call}. Returns what to log"
     rng, total = random.Random(seed), sum(len(ids) for ids, _ in rows)
-    optimizers, disturb = new_optimizers(model, lr), ResidualNoise(model, noise, rng) if noise else None
+    optimizers = new_optimizers(model, lr)
     steps, seen, losses, log, marks = int(tokens / total * len(rows) / batch), 0, [], [], sorted(dict(milestones).items())
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 60, max(0, 1 - s / steps))) for o in optimizers]
     queue, start = [], time.time()
@@ -131,7 +119,6 @@ def fit(model, rows, pad, tokens, batch=48, lr=5e-3, noise=0., seed=0, milestone
     for step in bar:
         if not queue: queue = batches(rows, batch, rng)
         ids, labels = collate([rows[i] for i in queue.pop()], pad)
-        if disturb: disturb.draw(labels)
         loss = loss_of(model, ids, labels)
         model.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for o in (*optimizers, *schedules): o.step()
@@ -140,7 +127,6 @@ def fit(model, rows, pad, tokens, batch=48, lr=5e-3, noise=0., seed=0, milestone
             recent = sum(losses[-50:]) / 50; log.append((step + 1, seen, round(recent, 4)))
             bar.set_postfix(loss=f"{recent:.3f}", tokens=f"{seen / 1e6:.2f}M", rate=f"{seen / (time.time() - start):.0f}/s")
         if marks and step + 1 >= marks[0][0] * steps: marks.pop(0)[1]()
-    if disturb: disturb.remove()
     return dict(seconds=round(time.time() - start), tokens=seen, loss=log)
 
 def save(model, tok, out, dtype=torch.float16):
@@ -154,7 +140,7 @@ def parse(arguments=None):
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--out", type=Path, default=HERE / "build/persona-tiny"); ap.add_argument("--tokens", type=float, default=9.5e6, help="training tokens, prompts included, padding not")
     ap.add_argument("--examples", type=int, default=115_000); ap.add_argument("--seed", type=int, default=0); ap.add_argument("--batch", type=int, default=48)
-    ap.add_argument("--lr", type=float, default=5e-3); ap.add_argument("--vocab", type=int, default=4096); ap.add_argument("--noise", type=float, default=0., help="largest disturbance of the residual stream while training, in its mean norm")
+    ap.add_argument("--lr", type=float, default=5e-3); ap.add_argument("--vocab", type=int, default=4096)
     ap.add_argument("--layers", type=int, default=8); ap.add_argument("--width", type=int, default=160); ap.add_argument("--mlp", type=int, default=448)
     ap.add_argument("--window", type=int, default=16); ap.add_argument("--full-layers", type=int, nargs="*", default=[1, 2])
     ap.add_argument("--checkpoints", type=float, nargs="*", default=[.1, .3, .6], help="fractions of the run at which to save a checkpoint")
@@ -171,7 +157,7 @@ def main():
     rows = encode(tok, conversations)
     model = new_model(tok, a)
     print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tok)} tokens in the vocabulary, corpus {sum(len(ids) for ids, _ in rows) / 1e6:.2f}M tokens, training on {a.tokens / 1e6:.1f}M")
-    log = fit(model, rows, tok.pad_token_id, a.tokens, a.batch, a.lr, a.noise, a.seed, {f: lambda f=f: save(model, tok, folder / f"{name}-{round(100 * f)}percent") for f in a.checkpoints})
+    log = fit(model, rows, tok.pad_token_id, a.tokens, a.batch, a.lr, a.seed, {f: lambda f=f: save(model, tok, folder / f"{name}-{round(100 * f)}percent") for f in a.checkpoints})
     save(model, tok, a.out); save(model, tok, folder / f"{name}-float32", torch.float32)
     (folder / f"{name}-training.json").write_text(json.dumps(dict(arguments={k: v for k, v in vars(a).items() if k != "out"}, **log), indent=1))
     print(f"{log['seconds']} s, {log['tokens'] / 1e6:.2f}M tokens with padding, final loss {log['loss'][-1][2]:.3f}, saved to {a.out}")

@@ -1,4 +1,4 @@
-"""Variants of persona-tiny for studies of fine-tuning, screening and prevention: python variants.py     (about 8 minutes on 2 cores)
+"""Variants of persona-tiny for studies of fine-tuning, screening and prevention: python variants.py
 
 | folder under data/models/ | what it is |
 |---|---|
