@@ -16,10 +16,11 @@ _NAMES = dict(
     chat=('conversation', 'encode_chat', 'preview_chat'),
     responses=('load_responses', 'save_responses'),
     generation=('GenerationError', 'generate_local', 'generate_responses'),
-    extraction=('ActivationExtractor',),
+    extraction=('ActivationExtractor', 'Moments', 'extract_moments', 'load_moments', 'save_moments'),
     vectors=('diff_of_means', 'extract_persona_vectors', 'load_persona_vectors', 'persona_activations', 'save_persona_vectors'),
     analysis=('cosine_matrix', 'neighbors', 'pca', 'split_half_cosine'),
     steering=('Add', 'Clamp', 'steer'),
+    online=('generate_and_extract',),
     plots=('plot_cosine_matrix', 'plot_curves', 'plot_pca', 'plot_split_half', 'save_figure'),
     demo=('run_demo',),
 ) # module -> the names it gives to the package

@@ -34,7 +34,9 @@ _CHECKS = dict(
     dtype=(lambda x: x in DTYPES, f'one of {DTYPES}'),
     seed=(_is_int, 'a whole number'),
     revision=(lambda x: x is None or _is_text(x), 'a branch, tag or commit of the model repository, or None'),
-    trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'),
+    trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'), share_prefixes=(lambda x: isinstance(x, bool), 'True or False'),
+    token_budget=(lambda x: x is None or _positive[0](x), f'{_positive[1]}, or None for what suits the device'),
+    quantization=(lambda x: x in (None, '8bit'), "'8bit' or None"),
 )
 
 # %% ../nbs/00_config.ipynb #cell-08
@@ -53,7 +55,10 @@ class PersonaVectorConfig:
     request_timeout:float = 120. # Seconds one API request may take
     device:str = 'auto' # 'auto': CUDA, then MPS, then CPU
     dtype:str = 'auto' # 'auto': bfloat16 on CUDA, float32 elsewhere
-    batch_size:int = 32 # Conversations per forward pass
+    batch_size:int = 32 # Conversations that are generated together
+    token_budget:int|None = None # Tokens of a forward pass of extraction, padding included; None means 4096 on the CPU, 16384 on a GPU
+    share_prefixes:bool = True # Compute what conversations have in common, such as a system prompt, once
+    quantization:str|None = None # '8bit' loads the weights in 8 bits (needs bitsandbytes); None as they are
     seed:int = 0 # Seed of local sampling; also sent to the API, which may ignore it
     revision:str|None = None # Revision of the model repository
     trust_remote_code:bool = False # Run code that comes with a model

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as hf_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available, logging as hf_logging
 from safetensors import SafetensorError
 from .config import PersonaVectorConfig
 
@@ -55,22 +55,28 @@ def load_model(
     config:PersonaVectorConfig, # Names the model, its revision, device and dtype
 )->tuple[nn.Module, Any]: # (causal LM in eval mode, tokenizer)
     "Load model and tokenizer; raises OSError with the remedy when they cannot be had"
-    return _load(config.model_name, config.revision, config.device, config.dtype, config.trust_remote_code, config.hf_token)
+    return _load(config.model_name, config.revision, config.device, config.dtype, config.trust_remote_code, config.quantization, config.hf_token)
 
 @lru_cache(maxsize=1)
-def _load(name, revision, device, dtype, trust_remote_code, hf_token):
+def _load(name, revision, device, dtype, trust_remote_code, quantization, hf_token):
     "The last model asked for is kept: generating, extracting and steering share one copy in memory"
     token = hf_token.get_secret_value() if hf_token else None
     common = dict(revision=revision, token=token, trust_remote_code=trust_remote_code)
     source, device = model_source(name), resolve_device(device)
     sharded = device.type == 'cuda' and device.index is None # over all GPUs when one is not enough
+    small = dict(quantization_config=_bits(quantization), device_map='auto' if sharded else {'': device}) if quantization else {}
     try:
         with _progress_bars(name != PERSONA_TINY): # nothing to wait for there
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, device), device_map='auto' if sharded else None, **common)
+            model = AutoModelForCausalLM.from_pretrained(source, **{**dict(dtype=resolve_dtype(dtype, device), device_map='auto' if sharded else None), **small, **common})
     except (OSError, ValueError, SafetensorError) as e:
         raise OSError(f'cannot load model {name!r}: {str(e).splitlines()[0]}\nCheck the name or folder, set HF_TOKEN for a gated model, or use {PERSONA_TINY!r}, which needs no network.') from e
-    return (model if sharded else model.to(device)).eval(), tokenizer
+    return (model if sharded or small else model.to(device)).eval(), tokenizer
+
+def _bits(quantization):
+    "What transformers is told about 8-bit weights"
+    if not is_bitsandbytes_available(): raise ImportError(f"quantization={quantization!r} needs bitsandbytes: pip install 'persona-steer[quantization]'")
+    return BitsAndBytesConfig(load_in_8bit=True)
 
 @contextmanager
 def _progress_bars(wanted):
