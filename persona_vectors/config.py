@@ -56,7 +56,7 @@ class PersonaVectorConfig:
     device:str = 'auto' # 'auto': CUDA, then MPS, then CPU
     dtype:str = 'auto' # 'auto': bfloat16 on CUDA, float32 elsewhere
     batch_size:int = 32 # Conversations that are generated together
-    token_budget:int|None = None # Tokens of a forward pass of extraction, padding included; None means 4096 on the CPU, 16384 on a GPU
+    token_budget:int|None = None # Tokens of a forward pass of extraction, padding included; None means 1024 on the CPU, 16384 on a GPU
     share_prefixes:bool = True # Compute what conversations have in common, such as a system prompt, once
     quantization:str|None = None # '8bit' loads the weights in 8 bits (needs bitsandbytes); None as they are
     seed:int = 0 # Seed of local sampling; also sent to the API, which may ignore it

@@ -39,17 +39,21 @@ class _Listener:
             return
         self.fed_tokens += 1
         self.done = [d or i in self.stop for d,i in zip(self.done, ids[:, 0].tolist())]
-        self.ink = [not d and self.shows(i) for d,i in zip(self.done, ids[:, 0].tolist())]
-        self.blank = [not d and not s for d,s in zip(self.done, self.ink)]
-        self.lengths = [self.fed_tokens if s else n for s,n in zip(self.ink, self.lengths)]
+        ink = [not d and self.shows(i) for d,i in zip(self.done, ids[:, 0].tolist())]
+        self.lengths = [self.fed_tokens if s else n for s,n in zip(ink, self.lengths)]
+        self.ink = torch.tensor(ink, device=ids.device)[:, None].float()
+        blank = [not d and not s for d,s in zip(self.done, ink)]
+        self.blank = torch.tensor(blank, device=ids.device)[:, None].float() if any(blank) else None
 
     def hear(self, layer, h):
         "Called with the output of a block, (batch, seq, d_model)"
         if self.ink is None: return
-        h = h[:, 0].float(); ink = torch.tensor(self.ink, device=h.device)[:, None]
-        if layer in self.blanks: self.sums[layer] = self.sums[layer] + ink*self.blanks[layer]; self.blanks[layer] = self.blanks[layer]*~ink
-        if any(self.blank): self.blanks[layer] = self.blanks.get(layer, 0) + torch.tensor(self.blank, device=h.device)[:, None]*h
-        self.sums[layer] = self.sums.get(layer, 0) + ink*h
+        h, ink = h[:, 0].float(), self.ink.to(h.device)
+        waiting = self.blanks.get(layer)
+        if waiting is not None: self.sums[layer].addcmul_(ink, waiting); waiting.mul_(1 - ink)
+        if self.blank is not None: self.blanks[layer] = self.blanks.get(layer, 0) + self.blank.to(h.device)*h
+        if layer not in self.sums: self.sums[layer] = torch.zeros_like(h)
+        self.sums[layer].addcmul_(ink, h)
 
     def means(self):
         "(batch, n_layers, d_model), and how many tokens were averaged in each row"
@@ -68,7 +72,7 @@ def _listening(model, tokenizer, layers):
         for l in layers: stack.callback(blocks(model)[l].register_forward_hook(hook(l)).remove)
         yield listener
 
-# %% ../nbs/11_online.ipynb #cell-08
+# %% ../nbs/11_online.ipynb #cell-10
 log = logging.getLogger(__name__)
 
 def iter_generate_and_extract(
@@ -82,7 +86,7 @@ def iter_generate_and_extract(
     model, tokenizer, layers = extractor.model, extractor.tokenizer, extractor.layers(layer)
     sampling = {**sampling_of(extractor.config), **sampling}; most = sampling.pop('max_tokens')
     prompts = [chat_prompt(tokenizer, c) for c in conversations]
-    again = []
+    again, extractor.metadata = [], {**extractor.settings(layers, include), 'examples': len(conversations), 'read_again': 0}
     with _listening(model, tokenizer, layers) as listener:
         for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling):
             ids = ids[:, :most]
@@ -92,8 +96,9 @@ def iter_generate_and_extract(
                 elif _as_extracted(extractor, conversations[i], text, prompts[i], row[:n], include): yield i, text, x
                 else: again.append((i, text))
     if again: # outside the `with`: reading must not be listened to
-        log.info('%d of %d responses are tokenized otherwise than they were generated, and are read again', len(again), len(conversations))
+        metadata = {**extractor.metadata, 'read_again': len(again)}
         found = extractor.extract([_answered(conversations[i], text) for i,text in again], layers, include, progress=False)
+        extractor.metadata = metadata
         yield from ((i, text, x) for (i,text),x in zip(again, found))
 
 def _answered(messages, text): return [*messages, dict(role='assistant', content=text)]

@@ -125,11 +125,11 @@ class Reader:
     def __init__(self,
         model:nn.Module, # Causal LM
         layers:Sequence[int], # 0-based blocks to read
-        budget:int|None=None, # Tokens per batch, padding included; None means 4096 on the CPU, 16384 on a GPU
+        budget:int|None=None, # Tokens per batch, padding included; None means 1024 on the CPU, 16384 on a GPU
         share:bool=True, # Compute shared beginnings once; never done on a model that is being steered
     ):
         self.model, self.layers, self.share = model, list(layers), share and not hooked_blocks(model)
-        self.budget = budget or (4096 if model.device.type == 'cpu' else 16384)
+        self.budget = budget or (1024 if model.device.type == 'cpu' else 16384)
         self._takes = set(inspect.signature(model.forward).parameters)
 
     def __call__(self,

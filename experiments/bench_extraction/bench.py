@@ -113,7 +113,7 @@ def limit(model, rows, layer, size):
     "Nothing can be faster: a bare decoder cut after the layer, over just as many tokens as are unique, in rows of the mean length, without padding, mask or hooks"
     decoder = model.get_decoder(); layers, norm = decoder.layers, decoder.norm
     decoder.layers, decoder.norm = layers[:layer + 1], torch.nn.Identity()
-    n = unique_tokens(rows); width = round(sum(len(r.ids) for r in rows) / len(rows)); size = max(1, (4096 if PADDED_ON[0] == "cpu" else 16384) // width)
+    n = unique_tokens(rows); width = round(sum(len(r.ids) for r in rows) / len(rows)); size = max(1, (1024 if PADDED_ON[0] == "cpu" else 16384) // width)
     try:
         while n > 0: b = max(1, min(size, n // width)); decoder(torch.randint(10, 1000, (b, min(width, n)), device=PADDED_ON[0]), use_cache=False); n -= b * width
     finally: decoder.layers, decoder.norm = layers, norm
