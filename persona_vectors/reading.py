@@ -220,7 +220,7 @@ class Reader:
 
     def _sharing_works(self, rows, groups):
         "Read two rows whole and with their beginnings shared, and compare"
-        some = [groups[0], groups[-1]]; two = [rows[g[0]] for _,g in some]; cuts = [m for m,_ in some]
+        some = [groups[0], groups[-1]]; two = [min((rows[i] for i in g), key=lambda r: len(r.ids)) for _,g in some]; cuts = [m for m,_ in some]
         alone = torch.cat([self._plain([r]) for r in two])
         try: gap = _gap(self._continued(two, [0, 1], cuts, self._prefixes([r.ids[:m] for r,m in zip(two, cuts)])), alone); why = f'changes the activations by {gap:.1e}'
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e: gap, why = float('inf'), f'fails ({type(e).__name__}: {e})' # a model may do anything with a cache that is not its own
