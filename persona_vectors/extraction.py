@@ -9,6 +9,7 @@ __all__ = ['WHERE', 'PIECE', 'log', 'token_positions', 'ReadingBar', 'Activation
 # %% ../nbs/07_extraction.ipynb #cell-03
 import hashlib, json, logging, re
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -257,11 +258,11 @@ def extract_moments(
     if folder is not None and settings['hooked_layers']: raise ValueError(f'layers {settings["hooked_layers"]} carry hooks, so a finished group could not be told from one that is steered otherwise; pass folder=None')
     files = {name:shard_path(folder, name, [settings, list(c)], '.safetensors') for name,c in groups.items()} if folder is not None else {}
     done = {name:load_moments(path)[0] for name,path in files.items() if path.exists()}
-    todo = [(name, c) for name,conversations in groups.items() if name not in done for c in conversations]
     left = {name:len(c) for name,c in groups.items() if name not in done}
+    todo = ((name, c) for name in left for c in groups[name])
     with ReadingBar(total=sum(map(len, groups.values())), initial=sum(len(groups[n]) for n in done), desc='moments', unit='example', disable=not progress) as bar:
-        for at in range(0, len(todo), PIECE): # piece by piece, so that only unfinished groups are in memory
-            piece = todo[at:at + PIECE]; found = {}
+        while piece := list(islice(todo, PIECE)): # so that only a piece and unfinished groups are in memory
+            found = {}
             for batch,values in extractor.stream([c for _,c in piece], layers, include, where, bar):
                 for i,x in zip(batch, values): found.setdefault(piece[i][0], []).append((i, x))
             for name,rows in found.items():

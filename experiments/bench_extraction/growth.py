@@ -39,11 +39,13 @@ def listen(extractor, rounds=5):
     return dict(generate=plain, generate_and_extract=both, overhead=min(both) / min(plain) - 1)
 
 def picture(rows):
-    fig = make_subplots(1, 2, subplot_titles=("time", "memory beyond the model"))
-    x = [r["examples"] for r in rows]
-    fig.add_scatter(x=x, y=[r["seconds"] for r in rows], mode="lines+markers", row=1, col=1); fig.add_scatter(x=x, y=[r["megabytes"] for r in rows], mode="lines+markers", row=1, col=2)
-    fig.update_xaxes(title="responses", type="log", tickvals=x); fig.update_yaxes(title="seconds", type="log", row=1, col=1); fig.update_yaxes(title="MB", rangemode="tozero", row=1, col=2)
-    fig.update_layout(template="simple_white", showlegend=False, width=900, height=380, title="Streaming moments: time grows with the responses, memory does not")
+    "Linear axes, so that a straight line through zero is linear growth; beside memory, what keeping every activation would take"
+    fig = make_subplots(1, 2, subplot_titles=("seconds", "megabytes beyond the model")); x = [r["examples"] for r in rows]
+    fig.add_scatter(x=[0, *x], y=[0, *(r["seconds"] for r in rows)], mode="lines+markers", row=1, col=1, showlegend=False)
+    fig.add_scatter(x=[0, x[-1]], y=[0, x[-1] * 8 * 160 * 4 / 1e6], mode="lines", line_dash="dot", line_color="#888", name="every activation kept (computed)", row=1, col=2)
+    fig.add_scatter(x=x, y=[r["megabytes"] for r in rows], mode="lines+markers", line_color="#d62728", name="moments (measured)", row=1, col=2)
+    fig.update_xaxes(title="responses", tickformat=","); fig.update_yaxes(rangemode="tozero")
+    fig.update_layout(template="simple_white", width=900, height=380, legend=dict(x=.58, y=.98), title="Moments of 23 groups at 8 layers: time is linear, memory hardly grows")
     fig.write_image(HERE / "growth.png")
 
 def main():
