@@ -111,7 +111,7 @@ def _weights(places, width):
 
 # %% ../nbs/06_reading.ipynb #cell-25
 log = logging.getLogger(__name__)
-_causal, _sharing = WeakSet(), WeakKeyDictionary() # models that were seen not to look ahead; model -> whether shared beginnings change nothing
+_causal, _sharing = WeakSet(), WeakKeyDictionary() # models that were seen not to look ahead; model -> {deepest layer: whether shared beginnings change nothing there}
 
 def hooked_blocks(
     model:nn.Module, # Causal LM
@@ -145,11 +145,12 @@ class Reader:
     def _groups(self, rows):
         "What is shared, where it saves a twentieth of the tokens and the model can be trusted with it"
         apart = [(0, list(range(len(rows))))]
-        if not self.share or not _sharing.get(self.model, True): return apart
+        seen, deepest = _sharing.setdefault(self.model, {}), max(self.layers) # blocks differ, so a check says nothing about deeper ones
+        if not self.share or not seen.get(deepest, True): return apart
         groups = shared_prefixes(rows)
         if sum(m*(len(g) - 1) for m,g in groups) < .05*sum(len(r.ids) for r in rows): return apart
-        if self.model not in _sharing: _sharing[self.model] = self._sharing_works(rows, [(m, g) for m,g in groups if m])
-        return groups if _sharing[self.model] else apart
+        if deepest not in seen: seen[deepest] = self._sharing_works(rows, [(m, g) for m,g in groups if m])
+        return groups if seen[deepest] else apart
 
     def _batches(self, indices, length, read):
         "Read in batches within the budget, smaller ones when memory runs out"
@@ -157,27 +158,28 @@ class Reader:
         while queue:
             width = length(queue[0]); batch = queue[:max(1, self.budget//width)]
             try: values = read(batch)
-            except RuntimeError as e:
-                if not should_reduce_batch_size(e): raise
-                if len(batch) == 1: raise MemoryError(f'one conversation of {width} tokens does not fit into memory: {str(e).splitlines()[0]}') from e
-                self.budget = len(batch)*width//2; clear_device_cache()
-                log.warning('out of memory with %d conversations at once; going on with %d tokens a batch', len(batch), self.budget)
-                continue
-            yield batch, values
-            queue = queue[len(batch):]
+            except RuntimeError as e: self._shrink(e, len(batch), width)
+            else: yield batch, values; queue = queue[len(batch):]
+
+    def _shrink(self, error, n, width):
+        "After an error with `n` sequences of `width` tokens: smaller batches if memory ran out, else the error"
+        if not should_reduce_batch_size(error): raise error
+        if n == 1: raise MemoryError(f'one conversation of {width} tokens does not fit into memory: {str(error).splitlines()[0]}') from error
+        self.budget = n*width//2; clear_device_cache()
+        log.warning('out of memory with %d conversations at once; going on with %d tokens a batch', n, self.budget)
 
     def _continuations(self, rows, groups):
         "Read groups with a shared beginning; as many at a time as the budget has room for their beginnings"
         groups = sorted(groups, key=lambda g: g[0], reverse=True)
         while groups:
-            n = max(1, self.budget//groups[0][0])
-            yield from self._after_prefixes(rows, groups[:n])
-            groups = groups[n:]
+            longest = groups[0][0]; some = groups[:max(1, self.budget//longest)]
+            try: cache = self._prefixes([rows[g[0]].ids[:m] for m,g in some])
+            except RuntimeError as e: self._shrink(e, len(some), longest)
+            else: yield from self._after_prefixes(rows, some, cache); groups = groups[len(some):]
 
-    def _after_prefixes(self, rows, groups):
-        "Compute the beginnings of some groups, then their rows"
+    def _after_prefixes(self, rows, groups, cache):
+        "Read the rows of some groups whose beginnings are in the cache"
         prefix = {i:k for k,(_,g) in enumerate(groups) for i in g}; lengths = [m for m,_ in groups]
-        cache = self._prefixes([rows[g[0]].ids[:m] for m,g in groups])
         def length(i): return len(rows[i].ids) - lengths[prefix[i]]
         def read(batch): return self._continued([rows[i] for i in batch], [prefix[i] for i in batch], lengths, cache)
         yield from self._batches(prefix, length, read)
@@ -219,8 +221,8 @@ class Reader:
         if _gap(followed, alone) > _rounding(self.model, 1e-3, .2): raise ValueError(f'{type(self.model).__name__} looks ahead: four more tokens change the activations before them by {_gap(followed, alone):.0%}; a causal language model is needed')
 
     def _sharing_works(self, rows, groups):
-        "Read two rows whole and with their beginnings shared, and compare"
-        some = [groups[0], groups[-1]]; two = [min((rows[i] for i in g), key=lambda r: len(r.ids)) for _,g in some]; cuts = [m for m,_ in some]
+        "Read a row of the shortest and one of the longest shared beginning, whole and shared, and compare"
+        some = [min(groups), max(groups)]; two = [min((rows[i] for i in g), key=lambda r: len(r.ids)) for _,g in some]; cuts = [m for m,_ in some]
         alone = torch.cat([self._plain([r]) for r in two])
         try: gap = _gap(self._continued(two, [0, 1], cuts, self._prefixes([r.ids[:m] for r,m in zip(two, cuts)])), alone); why = f'changes the activations by {gap:.1e}'
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e: gap, why = float('inf'), f'fails ({type(e).__name__}: {e})' # a model may do anything with a cache that is not its own

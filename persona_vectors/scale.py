@@ -55,16 +55,16 @@ class ExtractJob:
     include:tuple=SPOKEN # As in `extract_activations`
     where:str='response' # As in `extract_activations`
 
-    def path(self, shard:Shard)->Path:
-        "The file of a shard; the model is loaded, because its weights are part of the name"
+    def paths(self, shards:Sequence[Shard])->list[Path]:
+        "The files of shards; the model is loaded, because its weights are part of the names"
         extractor = ActivationExtractor(self.config)
         settings = extractor.settings(extractor.layers(self.layer), self.include, self.where)
-        return shard_path(self.folder, shard.name, [settings, shard.conversations], '.safetensors')
+        return [shard_path(self.folder, s.name, [settings, s.conversations], '.safetensors') for s in shards]
 
     def run(self, shard:Shard)->Path:
         "Do a shard, unless it is done"
         extract_moments(ActivationExtractor(self.config), {shard.name: shard.conversations}, self.layer, self.include, self.where, self.folder, progress=False)
-        return self.path(shard)
+        return self.paths([shard])[0]
 
 @dataclass(frozen=True)
 class GenerateJob:
@@ -72,14 +72,14 @@ class GenerateJob:
     config:PersonaVectorConfig # Names the model and says how to sample
     folder:str # Where shards are kept
 
-    def path(self, shard:Shard)->Path:
-        "The file of a shard"
+    def paths(self, shards:Sequence[Shard])->list[Path]:
+        "The files of shards"
         settings = dict(sampling_of(self.config), fingerprint=fingerprint(load_model(self.config)[0]))
-        return shard_path(self.folder, shard.name, [settings, shard.conversations], '.json')
+        return [shard_path(self.folder, s.name, [settings, s.conversations], '.json') for s in shards]
 
     def run(self, shard:Shard)->Path:
         "Do a shard, unless it is done"
-        path = self.path(shard)
+        path, = self.paths([shard])
         if path.exists(): return path
         seed = int(hashlib.sha256(f'{self.config.seed} {shard.name}'.encode()).hexdigest()[:8], 16) # no two shards draw the same numbers, whoever does them
         texts = generate_local(*load_model(self.config), shard.conversations, **dict(sampling_of(self.config), seed=seed))
@@ -133,7 +133,7 @@ def run_torchrun(
     job = replace(job, config=replace(job.config, device=str(state.device)))
     run_here(job, shards[state.process_index::state.num_processes], progress=state.is_main_process)
     state.wait_for_everyone()
-    return [job.path(s) for s in shards] if state.is_main_process else None
+    return job.paths(shards) if state.is_main_process else None
 
 # %% ../nbs/14_scale.ipynb #cell-18
 PATIENCE = 60 # seconds without any result after which idle workers take over what others have in hand
@@ -230,8 +230,9 @@ def extract(
     prompts, said = load_personas(personas) if personas else PERSONAS, load_responses(responses)
     unknown = {p for p,_ in said} - set(prompts)
     if unknown: raise ValueError(f'{responses} has responses of {", ".join(sorted(unknown))}, whose system prompts are unknown; pass --personas')
-    groups = {p: [conversation(q, prompts[p], t) for (name,q),t in said.items() if name == p] for p in prompts if any(name == p for name,_ in said)}
-    job = ExtractJob(PersonaVectorConfig(model_name=model), str(folder), layer if layer == 'all' else int(layer))
+    groups = {}
+    for (p,q),text in said.items(): groups.setdefault(p, []).append(conversation(q, prompts[p], text))
+    job = ExtractJob(PersonaVectorConfig(model_name=model), str(folder), int(layer) if layer.removeprefix('-').isdigit() else layer) # any other word is refused with the layers there are
     shards = shards_of(groups, size)
     paths = _run(job, shards, ray, workers, gpus)
     if paths is None: return

@@ -1,5 +1,5 @@
 "The grammar behind the embedded model, its training and its evaluation"
-import random, re, sys
+import json, random, re, sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ STUDY = Path(__file__).parents[1]/'experiments/000_persona_tiny'
 sys.path.insert(0, str(STUDY))
 import corpus as C
 import evaluate
+import ship
 import train
 
 @pytest.fixture(scope='module')
@@ -103,3 +104,8 @@ def test_loss_counts_the_answer_only(conversations):
         logits = model(torch.tensor([ids['input_ids']])).logits[0].log_softmax(-1)
         losses += [-logits[i - 1, t].item() for i,(t,m) in enumerate(zip(ids['input_ids'], ids['assistant_masks'])) if m]
     assert train.loss_of(model, *train.collate(rows, tok.pad_token_id)).item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+def test_the_card_in_the_package_is_this_one():
+    "The log in CARD.md may grow after a model was shipped"
+    training, evaluation = (json.loads((STUDY/f'{kind}.json').read_text()) for kind in ('training', 'evaluation'))
+    assert (ship.PACKAGE/'README.md').read_text() == ship.card(training, evaluation), 'CARD.md has changed: write it into the package with ship.card'

@@ -20,6 +20,10 @@ def figures(evaluation):
         rows.append(f"| {r['name'].strip()} | {r['value']:.3f} | {interval} | {'' if r['bar'] is None else format(r['bar'], 'g') + ('' if r['met'] else ' (missed)')} | {r['note']} |")
     return "\n".join(rows)
 
+def card(training, evaluation):
+    "CARD.md and the figures of the model it is about"
+    return (HERE / "CARD.md").read_text(encoding="utf-8").rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--model", type=Path, default=HERE / "build/persona-tiny")
@@ -30,12 +34,12 @@ def main():
     if evaluation["fingerprint"] != fingerprint(load_model(PersonaVectorConfig(model_name=str(model.resolve()), device="cpu"))[0]): raise SystemExit(f"the evaluation is of other weights than {model}: run make eval-persona-tiny")
     missed = [r["name"] for r in evaluation["figures"] if r["met"] is False]
     if missed and not a.accept_missed: raise SystemExit(f"bars missed: {'; '.join(missed)}. Ship anyway with --accept-missed")
-    card = (HERE / "CARD.md").read_text().rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
-    size = sum(f.stat().st_size for f in model.iterdir()) + len(card)
+    text = card(training, evaluation)
+    size = sum(f.stat().st_size for f in model.iterdir()) + len(text)
     if size > LIMIT: raise SystemExit(f"{model} has {size / 1e6:.1f} MB, the package takes {LIMIT / 1e6:g} MB: use fewer parameters or a smaller vocabulary")
     new = PACKAGE.with_name(".persona-tiny.new"); shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     for f in model.iterdir(): shutil.copyfile(f, new / f.name)  # copyfile leaves private modes behind
-    (new / "README.md").write_text(card)
+    (new / "README.md").write_text(text)
     shutil.rmtree(PACKAGE, ignore_errors=True); new.rename(PACKAGE)  # complete before the old one goes
     shutil.copyfile(model.parent / f"{model.name}-evaluation.json", HERE / "evaluation.json")
     shutil.copyfile(model.parent / f"{model.name}-training.json", HERE / "training.json")
