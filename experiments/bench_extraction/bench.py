@@ -23,7 +23,6 @@ from persona_vectors.responses import load_responses
 
 HERE = Path(__file__).resolve().parent
 RESPONSES = HERE.parents[1] / "data/test_fixtures/responses_cache.json"
-COLUMNS = ("plain", "steering-vectors", "nnsight", "assistant-axis", "ours", "limit")
 
 # ---------------------------------------------------------------- workloads
 def conversations_a(n):
@@ -40,7 +39,7 @@ def rows_b(n, vocab, seed=0):
         for q in questions: answer = ids(40, 256); head = system + q; rows.append(Row(head + answer, list(range(len(head), len(head) + len(answer)))))
     return rows[:n]
 
-def model_b(device="cpu"):
+def model_b():
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True)).eval()
 
@@ -53,21 +52,20 @@ def model_c():
     return model.eval()
 
 # ---------------------------------------------------------------- the peers, each at its best batch size
-def padded(rows):
-    width = max(len(r.ids) for r in rows); device = PADDED_ON[0]
+def padded(rows, device):
+    width = max(len(r.ids) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long); mask = torch.zeros_like(ids); answer = torch.zeros(len(rows), width)
     for i, r in enumerate(rows): ids[i, :len(r.ids)] = torch.tensor(r.ids); mask[i, :len(r.ids)] = 1; answer[i, r.at] = 1
     return ids.to(device), mask.to(device), answer.to(device)
-PADDED_ON = ["cpu"]
 
 def mean(h, answer): return ((h.float() * answer[..., None]).sum(1) / answer.sum(1, keepdim=True)).cpu()
 
-def in_batches(rows, size, read): return torch.cat([read(*padded(rows[i:i + size])) for i in range(0, len(rows), size)])
+def in_batches(model, rows, size, read): return torch.cat([read(*padded(rows[i:i + size], model.device)) for i in range(0, len(rows), size)])
 
 @torch.inference_mode()
 def plain(model, rows, layer, size):
     "Padded batches, output_hidden_states, the whole model"
-    return in_batches(rows, size, lambda ids, mask, answer: mean(model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1], answer))
+    return in_batches(model, rows, size, lambda ids, mask, answer: mean(model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1], answer))
 
 @torch.inference_mode()
 def steering_vectors(model, rows, layer, size):
@@ -75,7 +73,7 @@ def steering_vectors(model, rows, layer, size):
     def read(ids, mask, answer):
         with record_activations(model, layer_type="decoder_block", layer_nums=[layer]) as found: model(ids, attention_mask=mask)
         return mean(found[layer][0], answer)
-    return in_batches(rows, size, read)
+    return in_batches(model, rows, size, read)
 
 @torch.inference_mode()
 def nnsight(model, rows, layer, size):
@@ -86,7 +84,7 @@ def nnsight(model, rows, layer, size):
             h = wrapped.model.layers[layer].output.save()
             tracer.stop()
         return mean(h[0] if isinstance(h, tuple) else h, answer)
-    return in_batches(rows, size, read)
+    return in_batches(model, rows, size, read)
 
 @torch.inference_mode()
 def assistant_axis(model, rows, layer, size):
@@ -97,7 +95,7 @@ def assistant_axis(model, rows, layer, size):
         try: model(ids, attention_mask=mask)
         finally: [h.remove() for h in hooks]
         stacked = torch.stack(kept); return mean(stacked[layer], answer.cpu())
-    return in_batches(rows, size, read)
+    return in_batches(model, rows, size, read)
 
 def ours(model, rows, layer, size):
     out = torch.empty(len(rows), model.config.hidden_size)
@@ -113,11 +111,12 @@ def limit(model, rows, layer, size):
     "Nothing can be faster: a bare decoder cut after the layer, over just as many tokens as are unique, in rows of the mean length, without padding, mask or hooks"
     decoder = model.get_decoder(); layers, norm = decoder.layers, decoder.norm
     decoder.layers, decoder.norm = layers[:layer + 1], torch.nn.Identity()
-    n = unique_tokens(rows); width = round(sum(len(r.ids) for r in rows) / len(rows)); size = max(1, (1024 if PADDED_ON[0] == "cpu" else 16384) // width)
+    n = unique_tokens(rows); width = round(sum(len(r.ids) for r in rows) / len(rows)); size = max(1, (1024 if model.device.type == "cpu" else 16384) // width)
     try:
-        while n > 0: b = max(1, min(size, n // width)); decoder(torch.randint(10, 1000, (b, min(width, n)), device=PADDED_ON[0]), use_cache=False); n -= b * width
+        while n > 0: b = max(1, min(size, n // width)); decoder(torch.randint(10, 1000, (b, min(width, n)), device=model.device), use_cache=False); n -= b * width
     finally: decoder.layers, decoder.norm = layers, norm
 
+PEERS = ("plain", "steering-vectors", "nnsight", "assistant-axis")
 METHODS = {"plain": plain, "steering-vectors": steering_vectors, "nnsight": nnsight, "assistant-axis": assistant_axis, "ours": ours, "limit": limit}
 
 # ---------------------------------------------------------------- workload A goes from text to vectors
@@ -136,7 +135,6 @@ def job(workload, method, n, size):
         talks, layer, extractor = conversations_a(n), layer_at(8, .65), ActivationExtractor(config, model, tokenizer)
         if method == "ours": return lambda: extractor.extract(talks, layer, progress=False)[:, 0]
         return lambda: METHODS[method](model, rows_from_text(tokenizer, talks), layer, size)
-    if workload == "C": PADDED_ON[0] = "cuda"
     model = model_b() if workload == "B" else model_c()
     rows, layer = rows_b(n, model.config.vocab_size), layer_at(model.config.num_hidden_layers, .65)
     return lambda: METHODS[method](model, rows, layer, size)
@@ -169,13 +167,13 @@ def compare(workload, a):
     "All methods, interleaved round by round; peers with the batch size that is fastest on a sixth of the work"
     print(f"workload {workload}: {a.n} conversations, {a.rounds} rounds", flush=True)
     sizes = {}
-    for method in COLUMNS[:4]:
+    for method in PEERS:
         tried = {s: measure(workload, method, a.n // 6, s, 1) for s in a.sizes}
         tried = {s: r["seconds"][0] for s, r in tried.items() if r}
         if tried: sizes[method] = min(tried, key=tried.get)
     found = {}
     for _ in range(a.rounds):
-        for method in [m for m in COLUMNS if m in sizes or m in ("ours", "limit")]:
+        for method in [m for m in METHODS if m in sizes or m not in PEERS]:
             r = measure(workload, method, a.n, sizes.get(method, 0), 1)
             if r: o = found.setdefault(method, dict(r, seconds=[], batch_size=sizes.get(method))); o["seconds"] += r["seconds"]; o["memory"] = max(o["memory"], r["memory"])
     reference = torch.tensor(found["plain"]["first"])
@@ -186,7 +184,7 @@ def compare(workload, a):
     for m, r in found.items():
         r["plain_over_this"] = round(best["plain"] / best[m], 3); r["memory_share"] = round(r["memory"] / found["plain"]["memory"], 3)
         print(f"  {m:18} {best[m]:8.2f} s   plain/this {r['plain_over_this']:5.2f}   memory {r['memory'] / 1e6:8.0f} MB ({r['memory_share']:.2f} of plain)   batch {r['batch_size'] or '-'}", flush=True)
-    peers = [best[m] for m in COLUMNS[1:4] if m in best]
+    peers = [best[m] for m in PEERS[1:] if m in best]
     summary = dict(over_plain=best["plain"] / best["ours"], over_fastest_peer=min(peers) / best["ours"] if peers else None, of_limit=best["limit"] / best["ours"], memory_share=found["ours"]["memory_share"])
     print("  " + ", ".join(f"{k} {v:.2f}" for k, v in summary.items() if v), flush=True)
     return dict(methods=found, summary=summary)
