@@ -7,9 +7,9 @@ __all__ = ['OPENROUTER', 'DTYPES', 'SECRETS', 'PersonaVectorConfig', 'layer_at',
 
 # %% ../nbs/00_config.ipynb #cell-03
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any
+from typing import Any, Sequence
 from pydantic import SecretStr
 
 # %% ../nbs/00_config.ipynb #cell-06
@@ -21,7 +21,11 @@ def _is_int(x): return isinstance(x, int) and not isinstance(x, bool)
 def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
 def _is_text(x): return isinstance(x, str) and bool(x.strip())
 
+def _is_names(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
+
 _positive = (lambda x: _is_int(x) and x > 0, 'a whole number above 0')
+_limit = (lambda x: x is None or _is_number(x) and x > 0, 'a number above 0, or None for no limit')
+_names = (_is_names, 'a list of names; an empty one means any')
 _CHECKS = dict(
     model_name=(_is_text, "a model name such as 'google/gemma-3-27b-it' or 'persona-tiny', or the path of a model folder"),
     openrouter_model=(lambda x: x is None or _is_text(x), 'a model name of the API, or None for the same as model_name'),
@@ -37,6 +41,12 @@ _CHECKS = dict(
     trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'), share_prefixes=(lambda x: isinstance(x, bool), 'True or False'),
     token_budget=(lambda x: x is None or _positive[0](x), f'{_positive[1]}, or None for what suits the device'),
     quantization=(lambda x: x in (None, '8bit'), "'8bit' or None"),
+    top_p=(lambda x: _is_number(x) and 0 < x <= 1, 'a number above 0, up to 1 (all tokens)'),
+    stop=(lambda x: isinstance(x, (list, tuple)) and all(isinstance(o, str) and o for o in x), 'a list of strings'),
+    requests_per_minute=_limit, tokens_per_minute=_limit, max_attempts=_positive, max_failures=_positive, providers=_names, provider_quantizations=_names,
+    reasoning=(lambda x: x in (None, True, False, 'low', 'medium', 'high'), "True, False, 'low', 'medium', 'high', or None for what the model does by itself"),
+    extra_body=(lambda x: isinstance(x, dict) and all(map(_is_text, x)), 'a dict of further fields of the request'),
+    prices=(lambda x: x is None or isinstance(x, (list, tuple)) and len(x) == 2 and all(_is_number(o) and o >= 0 for o in x), '(dollars per million prompt tokens, dollars per million answer tokens), or None'),
 )
 
 # %% ../nbs/00_config.ipynb #cell-08
@@ -48,11 +58,22 @@ class PersonaVectorConfig:
     layer_fraction:float = 0.65 # Default layer, as a fraction of the depth
     max_tokens:int = 256 # Longest response, in tokens
     temperature:float = 0.7 # Sampling temperature; 0 is greedy
+    top_p:float = 1. # Sample from the likeliest tokens that have this share of the probability
+    stop:Sequence[str] = () # An answer ends before any of these
     max_concurrent_requests:int = 10 # API requests in flight
     hf_token:SecretStr|str|None = None # Falls back to HF_TOKEN; kept as a SecretStr
     openrouter_api_key:SecretStr|str|None = None # Falls back to OPENROUTER_API_KEY; kept as a SecretStr
     base_url:str = OPENROUTER # Any OpenAI-compatible endpoint
     request_timeout:float = 120. # Seconds one API request may take
+    requests_per_minute:float|None = None # Requests sent to the API, at most
+    tokens_per_minute:float|None = None # Tokens sent and asked for, at most; prompts are estimated at 4 characters a token
+    max_attempts:int = 6 # Times a request is sent before it counts as failed
+    max_failures:int = 100 # Failed requests after which a run gives up
+    providers:Sequence[str] = () # OpenRouter: only these providers, in this order
+    provider_quantizations:Sequence[str] = () # OpenRouter: only providers that run the weights like this, such as 'bf16'
+    reasoning:bool|str|None = None # Switch reasoning on or off at the API, or set its effort
+    extra_body:dict = field(default_factory=dict) # Further fields of every API request
+    prices:tuple[float, float]|None = None # Dollars per million prompt and answer tokens, for estimates; None asks the API, where it tells
     device:str = 'auto' # 'auto': CUDA, then MPS, then CPU
     dtype:str = 'auto' # 'auto': bfloat16 on CUDA, float32 elsewhere
     batch_size:int = 32 # Conversations that are generated together

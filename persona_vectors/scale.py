@@ -21,10 +21,10 @@ from .config import PersonaVectorConfig
 from .catalog import EVAL_QUESTIONS, PERSONAS, load_personas, load_questions
 from .models import fingerprint, load_model
 from .chat import SPOKEN, Messages, conversation
-from .responses import load_responses, save_responses
+from .responses import load_responses, require_json, save_responses
 from .generation import generate_local, sampling_of
 from .extraction import ActivationExtractor, Moments, extract_moments, load_moments, shard_path
-from .vectors import save_persona_vectors
+from .vectors import require_vector_file, save_persona_vectors
 
 # %% ../nbs/14_scale.ipynb #cell-06
 @dataclass(frozen=True)
@@ -207,6 +207,7 @@ def generate(
     size:Size=256, ray:RayAddress=None, workers:Workers=1, gpus:Gpus=0.,
 ):
     "Let every persona answer every question with a local model."
+    require_json(out) # before the work, not after it
     prompts = load_personas(personas) if personas else PERSONAS; asked = load_questions(questions) if questions else EVAL_QUESTIONS
     job = GenerateJob(PersonaVectorConfig(model_name=model, max_tokens=max_tokens, temperature=temperature, seed=seed), str(folder))
     shards = shards_of({p: [conversation(q, s) for q in asked] for p,s in prompts.items()}, size)
@@ -227,6 +228,7 @@ def extract(
     size:Size=256, ray:RayAddress=None, workers:Workers=1, gpus:Gpus=0.,
 ):
     "Mean activation of each persona's responses."
+    require_vector_file(out) # before the work, not after it
     prompts, said = load_personas(personas) if personas else PERSONAS, load_responses(responses)
     unknown = {p for p,_ in said} - set(prompts)
     if unknown: raise ValueError(f'{responses} has responses of {", ".join(sorted(unknown))}, whose system prompts are unknown; pass --personas')
