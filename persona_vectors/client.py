@@ -66,6 +66,12 @@ def _pause(headers):
         except ValueError: return None
     return min(max(seconds, 0.), LONGEST_PAUSE) if seconds == seconds else None
 
+def _said(response):
+    "What a server says about a fault: the message of its error, or its text"
+    try: error = response.json(); error = error.get('error', error.get('detail', error))
+    except (ValueError, AttributeError): return response.text
+    return error.get('message', error) if isinstance(error, dict) else error
+
 def _short(text, most=300): text = ' '.join(str(text).split()); return text if len(text) <= most else text[:most] + '...'
 
 # %% ../nbs/04_client.ipynb #cell-12
@@ -123,7 +129,7 @@ class ApiClient:
 
     def _refused(self, e):
         "What a status of 400 and more means"
-        reason = self._hide(f'HTTP {e.status_code}: {e.message}')
+        reason = self._hide(f'HTTP {e.status_code}: {_said(e.response)}')
         if e.status_code in STOPPING: raise RunStopped(f'{STOPPING[e.status_code]} at {self.config.base_url}: {reason}') from None
         if e.status_code not in (408, 409, 425, 429) and e.status_code < 500: raise RequestFailed(reason) from None
         after = _pause(e.response.headers)

@@ -76,7 +76,7 @@ class PersonaVectorConfig:
     prices:tuple[float, float]|None = None # Dollars per million prompt and answer tokens, for estimates; None asks the API, where it tells
     device:str = 'auto' # 'auto': CUDA, then MPS, then CPU
     dtype:str = 'auto' # 'auto': bfloat16 on CUDA, float32 elsewhere
-    batch_size:int = 32 # Conversations that are generated together
+    batch_size:int = 64 # Conversations that are generated together
     token_budget:int|None = None # Tokens of a forward pass of extraction, padding included; None means 1024 on the CPU, 16384 on a GPU
     share_prefixes:bool = True # Compute what conversations have in common, such as a system prompt, once
     quantization:str|None = None # '8bit' loads the weights in 8 bits (needs bitsandbytes); None as they are

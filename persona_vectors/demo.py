@@ -66,7 +66,7 @@ def run_demo(
     "Responses, vectors, pictures and a steered answer from the embedded model"
     find_persona(steer_to, PERSONAS)
     folder = Path(folder)
-    config = PersonaVectorConfig(model_name=PERSONA_TINY, max_tokens=64, batch_size=64)
+    config = PersonaVectorConfig(model_name=PERSONA_TINY, max_tokens=128, batch_size=64)
     extractor = ActivationExtractor(config)
     layer, = extractor.layers(layer)
     responses = generate_responses(PERSONAS, EVAL_QUESTIONS, config, progress=progress)

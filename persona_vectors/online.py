@@ -14,15 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .models import blocks, d_model
 from .chat import SPOKEN, Messages, chat_prompt
-from .generation import iter_batches, response_texts, sampling_of
+from .generation import iter_batches, response_texts, sampling_of, stop_ids
 from .extraction import ActivationExtractor, token_positions
 
 # %% ../nbs/11_online.ipynb #cell-06
 class _Listener:
     "Sums of the residual stream over the tokens of a batch of responses, reset whenever a new prompt is read"
     def __init__(self, model, tokenizer, layers):
-        stop = model.generation_config.eos_token_id
-        self.tokenizer, self.layers, self.stop = tokenizer, layers, {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id}
+        self.tokenizer, self.layers, self.stop = tokenizer, layers, stop_ids(model, tokenizer)
         self.inked = {} # token id -> whether it shows
         self.ink = None
 
@@ -31,29 +30,36 @@ class _Listener:
         if i not in self.inked: self.inked[i] = bool(self.tokenizer.decode([i]).strip())
         return self.inked[i]
 
+    def follow(self, rows):
+        "Called when rows have left the batch: those that go on"
+        self.rows = rows
+
     def fed(self, model, args, kwargs):
         "Called before each pass: which of its tokens count?"
         ids = kwargs['input_ids']
         if ids.shape[1] > 1: # a prompt
-            self.ink, self.done, self.fed_tokens, self.lengths, self.sums, self.blanks = None, [False]*len(ids), 0, [0]*len(ids), {}, {}
+            self.ink, self.done, self.fed_tokens, self.lengths, self.sums, self.blanks, self.waits = None, [False]*len(ids), 0, [0]*len(ids), {}, {}, set()
             return
         self.fed_tokens += 1
-        self.done = [d or i in self.stop for d,i in zip(self.done, ids[:, 0].tolist())]
-        ink = [not d and self.shows(i) for d,i in zip(self.done, ids[:, 0].tolist())]
-        self.lengths = [self.fed_tokens if s else n for s,n in zip(ink, self.lengths)]
+        ink, blank = [], []
+        for r,i in zip(self.rows.tolist(), ids[:, 0].tolist()):
+            self.done[r] |= i in self.stop
+            ink.append(not self.done[r] and self.shows(i)); blank.append(not self.done[r] and not ink[-1])
+            if ink[-1]: self.lengths[r] = self.fed_tokens
         self.ink = torch.tensor(ink, device=ids.device)[:, None].float()
-        blank = [not d and not s for d,s in zip(self.done, ink)]
         self.blank = torch.tensor(blank, device=ids.device)[:, None].float() if any(blank) else None
 
     def hear(self, layer, h):
         "Called with the output of a block, (batch, seq, d_model)"
         if self.ink is None: return
-        h, ink = h[:, 0].float(), self.ink.to(h.device)
-        waiting = self.blanks.get(layer)
-        if waiting is not None: self.sums[layer].addcmul_(ink, waiting); waiting.mul_(1 - ink)
-        if self.blank is not None: self.blanks[layer] = self.blanks.get(layer, 0) + self.blank.to(h.device)*h
-        if layer not in self.sums: self.sums[layer] = torch.zeros_like(h)
-        self.sums[layer].addcmul_(ink, h)
+        h, ink, rows = h[:, 0].float(), self.ink.to(h.device), self.rows.to(h.device)
+        if layer not in self.sums: self.sums[layer], self.blanks[layer] = (h.new_zeros(len(self.done), h.shape[1]) for _ in range(2))
+        said = ink*h
+        if layer in self.waits:
+            waiting = self.blanks[layer][rows]
+            said += ink*waiting; self.blanks[layer][rows] = waiting*(1 - ink)
+        if self.blank is not None: self.blanks[layer].index_add_(0, rows, self.blank.to(h.device)*h); self.waits.add(layer)
+        self.sums[layer].index_add_(0, rows, said)
 
     def means(self):
         "(batch, n_layers, d_model), and how many tokens were averaged in each row"
@@ -72,7 +78,7 @@ def _listening(model, tokenizer, layers):
         for l in layers: stack.callback(blocks(model)[l].register_forward_hook(hook(l)).remove)
         yield listener
 
-# %% ../nbs/11_online.ipynb #cell-10
+# %% ../nbs/11_online.ipynb #cell-12
 log = logging.getLogger(__name__)
 
 def iter_generate_and_extract(
@@ -88,10 +94,10 @@ def iter_generate_and_extract(
     prompts = [chat_prompt(tokenizer, c) for c in conversations]
     again, extractor.metadata = [], {**extractor.settings(layers, include), 'examples': len(conversations), 'read_again': 0}
     with _listening(model, tokenizer, layers) as listener:
-        for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling):
+        for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, watch=listener.follow, **sampling):
             ids = ids[:, :most]
             values, lengths = listener.means()
-            for i,row,text,x,n in zip(batch, ids.tolist(), response_texts(tokenizer, ids), values, lengths):
+            for i,row,text,x,n in zip(batch, ids.tolist(), response_texts(tokenizer, ids, sampling['stop']), values, lengths):
                 if not text: yield i, '', None
                 elif _as_extracted(extractor, conversations[i], text, prompts[i], row[:n], include): yield i, text, x
                 else: again.append((i, text))

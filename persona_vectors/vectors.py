@@ -9,14 +9,14 @@ __all__ = ['Vectors', 'persona_activations', 'extract_persona_vectors', 'diff_of
 # %% ../nbs/08_vectors.ipynb #cell-03
 import pickle, zipfile
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors, save as save_safetensors
 from torch import Tensor
 from .files import atomic_write
-from .responses import Responses, require_responses
+from .responses import Responses, ResponseError, require_responses, usable
 
 # %% ../nbs/08_vectors.ipynb #cell-06
 Vectors = dict[str, Tensor] # {name: (d_model,)} at one layer, or {name: (n_layers, d_model)}; float32, on CPU
@@ -28,13 +28,17 @@ def persona_activations(
     responses:Responses, # {(persona, question): response}; gaps and empty texts are an error
     layer:int|str|Sequence[int]|None=None, # As in `extract_activations`
     progress:bool=True, # Show a progress bar
-)->dict[str, Tensor]: # {name: (n_questions, d_model)}, or (n_questions, n_layers, d_model)
-    "Activations of each persona's responses, one row per question"
+    keep:Iterable[str]=('ok',), # Which of the responses that are marked as cut off, refused ... to use; see `STATUSES`
+)->dict[str, Tensor]: # {name: (n, d_model)}, or (n, n_layers, d_model): a row per question, without those whose response is left out
+    "Activations of each persona's responses; one line of the log says what is left out"
     if not personas or not questions: raise ValueError(f'nothing to extract: {len(personas)} personas, {len(questions)} questions')
     require_responses(responses, personas, questions)
-    rows = [(personas[p], q, responses[p, q]) for p in personas for q in questions]
-    acts = extractor.extract_activations(*(list(o) for o in zip(*rows)), layer=layer, progress=progress)
-    return dict(zip(personas, acts.split(len(questions))))
+    used = usable({(p, q): responses[p, q] for p in personas for q in questions}, getattr(responses, 'marks', {}), keep)
+    counts = [sum((p, q) in used for q in questions) for p in personas]
+    for p,n in zip(personas, counts):
+        if not n: raise ResponseError(f'all responses of {p!r} are left out; look at them, generate them again (longer max_tokens?), or pass keep=("ok", "truncated")')
+    acts = extractor.extract_activations(*(list(o) for o in zip(*((personas[p], q, r) for (p,q),r in used.items()))), layer=layer, progress=progress)
+    return dict(zip(personas, acts.split(counts)))
 
 def extract_persona_vectors(
     extractor:Any, # An ActivationExtractor
@@ -43,9 +47,10 @@ def extract_persona_vectors(
     responses:Responses, # {(persona, question): response}
     layer:int|str|Sequence[int]|None=None, # One layer, several, 'all', or None for the config's
     progress:bool=True, # Show a progress bar
+    keep:Iterable[str]=('ok',), # As in `persona_activations`
 )->Vectors: # {name: (d_model,)}; (n_layers, d_model) for several layers
     "Mean activation of each persona over its responses"
-    return {p:a.mean(0) for p,a in persona_activations(extractor, personas, questions, responses, layer, progress).items()}
+    return {p:a.mean(0) for p,a in persona_activations(extractor, personas, questions, responses, layer, progress, keep).items()}
 
 # %% ../nbs/08_vectors.ipynb #cell-12
 def diff_of_means(
