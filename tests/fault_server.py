@@ -67,7 +67,7 @@ class Server:
         if body.get("logprobs") and fault != "no-logprobs" and not self.a.no_logprobs:
             top = [(text, .6), (str(min(100, int(text) + 1)) if text.isdigit() else "x", .3), ("the", .1)]
             logprobs = dict(content=[dict(token=text, bytes=None, logprob=math.log(.6), top_logprobs=[dict(token=t, bytes=None, logprob=math.log(p)) for t, p in top])])
-        said = dict(id="chatcmpl-1", object="chat.completion", created=0, model="another/model" if fault == "other-model" else body["model"], provider="Testing",
+        said = dict(id="chatcmpl-1", object="chat.completion", created=0, model="another/small-model" if fault == "other-model" else body["model"], provider="Testing",
                     choices=[] if fault == "no-choices" else [dict(index=0, message=message, finish_reason="length" if fault == "length" else "stop", logprobs=logprobs)],
                     usage=dict(prompt_tokens=11, completion_tokens=7, total_tokens=18, cost=.000025))
         data = json.dumps(said).encode()

@@ -1,0 +1,239 @@
+"""Generation against a server that misbehaves on purpose, with processes that are killed, disks that are full and folders that are closed."""
+import json, logging, os, random, signal, subprocess, sys, tempfile, threading, time, urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fault_server
+from persona_vectors import GenerationError, PersonaVectorConfig, Request, ResponseStore, generate_answers
+from persona_vectors.answers import Answer
+from persona_vectors.responses import ResponseError, import_answers, export_answers
+
+KEY = "sk-canary-7d1f0c9a"  # must be nowhere
+HERE = Path(__file__).parent
+
+@contextmanager
+def serving(*options):
+    "The fault server in a process of its own; yields its address"
+    server = subprocess.Popen([sys.executable, HERE / "fault_server.py", *map(str, options)], stdout=subprocess.PIPE, text=True)
+    try: yield server.stdout.readline().strip()
+    finally: server.terminate(); server.wait(20)
+
+def stats(url): return json.loads(urllib.request.urlopen(url.replace("/v1", "/stats")).read())
+
+def config(url, **kwargs):
+    return PersonaVectorConfig(**{**dict(base_url=url, openrouter_model="test/model", openrouter_api_key=KEY, max_tokens=16, request_timeout=1., max_attempts=8), **kwargs})
+
+def body_of(request):
+    "What the client sends, put together without the client"
+    messages = [dict(role="system", content=request.prompt)] * bool(request.prompt) + [dict(role="user", content=request.question)]
+    return dict(messages=messages, model="test/model", max_tokens=16, temperature=.7, seed=0)
+
+def expected(url_seed, rate, faults, request, attempts):
+    "What should be stored, by the server's schedule: (text, finish_reason, status) or None where all attempts fail"
+    body = body_of(request)
+    for n in range(1, attempts + 1):
+        fault = fault_server.fault_of(url_seed, rate, faults, body, n)
+        if fault not in fault_server.HARD:
+            text = "" if fault == "null" else fault_server.text_of(body)
+            return text, {"null": "empty", "length": "truncated", "other-model": "other_model"}.get(fault, "ok")
+    return None
+
+def test_five_thousand_requests_and_a_server_that_fails_in_three_of_ten_cases(tmp_path, caplog, capfd):
+    "Every answer that could be had is stored exactly once, the rest is listed with its reason; the limit holds; memory stays flat; the key is nowhere"
+    people, attempts = {f"persona {n}": f"You are number {n}." for n in range(50)}, 4
+    questions = [f"Question {n}?" for n in range(100)]
+    with serving("--rate", .3, "--seed", 5, "--slow", .1) as url:
+        settings = config(url, max_concurrent_requests=64, max_attempts=attempts, max_failures=1000, request_timeout=4.)
+        with ResponseStore(tmp_path / "answers.db") as store:
+            marks, stop = [], threading.Event()
+            def watch():
+                while not stop.wait(.5): marks.append(psutil.Process().memory_info().rss)
+            watcher = threading.Thread(target=watch); watcher.start()
+            try: generate_answers(people, questions, settings, store); failed = []
+            except GenerationError as e: failed = store.failures(); message = str(e)
+            finally: stop.set(); watcher.join()
+            have = {r.key: (a.text, a.status) for r, a in store.answered()}
+            requests = [r for r, _ in store.answered()] + [r for r, _ in failed]
+        seen = stats(url)
+    assert len(requests) == 5000 and len({r.key for r in requests}) == 5000
+    for r in requests: assert have.get(r.key) == expected(5, .3, fault_server.FAULTS, r, attempts), (r, have.get(r.key))
+    assert failed and f"{len(failed)} of 5000 requests" in message
+    assert all(reason for _, reason in failed)
+    assert len(seen["answered"]) == len(have) and seen["twice"] == 0 and seen["most_at_once"] <= 64
+    assert set(seen["faults"]) == set(fault_server.FAULTS) and seen["requests"] > 6000
+    early, late = (sum(part) / len(part) for part in (marks[len(marks) // 4:len(marks) // 2], marks[-len(marks) // 4:]))
+    assert late < early + 8e6, (early, late)  # bytes; five thousand answers would be more if they were kept
+    said = "".join(capfd.readouterr()) + caplog.text + message
+    assert KEY not in said and "5000" in said
+    for f in tmp_path.iterdir(): assert KEY.encode() not in f.read_bytes(), f
+
+RUN = """
+import os, random, signal, sys, time
+import openai, persona_vectors.generation
+from persona_vectors import PersonaVectorConfig, ResponseStore, generate_answers
+url, path, n, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+config = PersonaVectorConfig(base_url=url, openrouter_model="test/model", openrouter_api_key="%s", max_tokens=16, max_concurrent_requests=8, request_timeout=5)
+def run(): print(len(generate_answers({"sage": "You are a sage."}, [f"Question {i}?" for i in range(n)], config, path, progress=False)), flush=True)
+rng, kept = random.Random(7), []
+for _ in range(kills):
+    child = os.fork()
+    if not child: run(); os._exit(0)
+    time.sleep(rng.uniform(.1, .8)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    with ResponseStore(path) as store: kept.append(len(store))
+print("ready", kept, flush=True)
+run()
+""" % KEY
+
+def start(url, path, n, kills=0): return subprocess.Popen([sys.executable, "-c", RUN, *map(str, (url, path, n, kills))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def test_killed_at_twenty_moments_and_resumed(tmp_path):
+    "No lost row, no duplicate, and nothing asked again that had been stored"
+    path = tmp_path / "answers.db"
+    with serving("--rate", 0, "--delay", .05) as url:
+        run = start(url, path, 1500, kills=20); out, err = run.communicate(timeout=200)
+        assert run.returncode == 0, err
+        kept, last = json.loads(out.splitlines()[0].removeprefix("ready ")), out.splitlines()[1]
+        seen = stats(url)
+    with ResponseStore(path) as store: rows = [(r, a.text) for r, a in store.answered()]
+    assert last == "1500" and kept == sorted(kept) and len(set(kept)) > 10 and kept[-1] < 1500, kept  # the kills did interrupt
+    assert len(rows) == len({r.question for r, _ in rows}) == 1500
+    for r, text in rows: assert text == fault_server.text_of(body_of(r))
+    assert 0 < seen["requests"] - 1500 <= 20 * 8, seen["requests"]  # only what was in flight when it was killed: 8 at a time
+    assert KEY not in out + err
+
+def test_eight_processes_write_to_one_store(tmp_path):
+    path = tmp_path / "answers.db"
+    write = """
+import sys
+from persona_vectors import Answer, Request, ResponseStore
+me = int(sys.argv[2])
+with ResponseStore(sys.argv[1]) as store:
+    for n in range(200): store.add(Request(f"writer {me}", f"{n}?"), Answer(f"{me} says {n}")); store.add(Request("all", f"{n}?"), Answer(f"{me} says {n}"))
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", write, str(path), str(k)], stderr=subprocess.PIPE, text=True) for k in range(8)]
+    for w in writers: _, err = w.communicate(timeout=120); assert w.returncode == 0, err
+    with ResponseStore(path) as store:
+        for k in range(8): assert [(r.question, a.text) for r, a in store.answered(persona=f"writer {k}")] == [(f"{n}?", f"{k} says {n}") for n in range(200)]
+        assert sorted(r.question for r, _ in store.answered(persona="all")) == sorted(f"{n}?" for n in range(200))
+        assert store.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+FILL = """
+import resource, sys
+from persona_vectors import Answer, Request, ResponseStore
+from persona_vectors.responses import ResponseError
+store = ResponseStore(sys.argv[1])
+if len(sys.argv) > 2: import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),)*2)
+for n in range(5000):
+    try: store.add(Request("sage", f"{n}?"), Answer("truth " * 100))
+    except ResponseError as e: print(n, e); break
+print(sum(a.text == "truth " * 100 for _, a in store.answered()))
+"""
+
+@contextmanager
+def small_disk(folder):
+    "A real file system of one megabyte; None where it may not be mounted"
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    try: yield folder if done.returncode == 0 else None
+    finally:
+        if done.returncode == 0: subprocess.run(["umount", "-l", folder], check=True)
+
+def test_a_full_disk_is_told_and_the_store_stays_readable(tmp_path):
+    with small_disk(tmp_path) as disk:
+        if disk is None: pytest.skip("mounting a small disk is not allowed here; the next test fills a file instead")
+        done = subprocess.run([sys.executable, "-c", FILL, disk / "answers.db"], capture_output=True, text=True)
+        first, readable = done.stdout.strip().splitlines()
+        n = int(first.split()[0])
+        assert 20 < n < 5000 and "the disk is full: free some space and run again" in first and int(readable) == n, done
+        with ResponseStore(disk / "answers.db") as store: assert len(store) == n
+
+def test_a_file_that_may_not_grow_is_told_and_the_store_stays_readable(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FILL, tmp_path / "answers.db", "600000"], capture_output=True, text=True)
+    first, readable = done.stdout.strip().splitlines()
+    assert "answers.db: disk I/O error; the disk cannot be written or read" in first and int(readable) == int(first.split()[0]) > 20, done
+    with ResponseStore(tmp_path / "answers.db") as store: assert len(store) == int(readable)
+
+CLOSED = """
+import os, sys
+from persona_vectors import Answer, Request, ResponseStore
+from persona_vectors.responses import ResponseError
+if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)  # root may write everywhere
+with ResponseStore(sys.argv[1]) as store:
+    print(store.read_only, [a.text for _, a in store.answered()])
+    for write in (lambda: store.add(Request("sage", "Why?"), Answer("No.")), lambda: ResponseStore(sys.argv[2])):
+        try: write()
+        except ResponseError as e: print(e)
+"""
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed properly", "left open"])
+def test_a_folder_that_may_not_be_written_can_be_read(closed):
+    with tempfile.TemporaryDirectory() as folder:
+        store = ResponseStore(f"{folder}/answers.db"); store.add(Request("sage", "What is truth?"), Answer("A river."))
+        if closed: store.close()
+        for f in Path(folder).iterdir(): f.chmod(0o444)
+        os.chmod(folder, 0o555)
+        done = subprocess.run([sys.executable, "-c", CLOSED, f"{folder}/answers.db", f"{folder}/new.db"], capture_output=True, text=True)
+        os.chmod(folder, 0o755)
+    lines = done.stdout.splitlines()
+    assert lines and lines[0].endswith("['A river.']"), done
+    assert "it cannot be written" in lines[1] and "choose a file in a folder that is yours" in lines[1] and "new.db" in lines[2] and "choose a file in a folder" in lines[2]
+
+def test_changed_parameters_never_reuse_an_answer(tmp_path):
+    with serving("--rate", 0, "--keep-bodies") as url:
+        def ask(**kwargs): return generate_answers({"sage": "You are a sage."}, ["What is truth?"], config(url, **kwargs), tmp_path / "answers.db", progress=False)[0][1].text
+        variants = [{}, dict(temperature=.8), dict(max_tokens=17), dict(seed=1), dict(top_p=.9), dict(stop=["."]), dict(extra_body=dict(min_p=.1)), dict(reasoning=False)]
+        texts = [ask(**v) for v in variants]
+        assert len(set(texts)) == len(variants)
+        assert [ask(**v) for v in variants] == texts and stats(url)["requests"] == len(variants)
+        bodies = json.loads(urllib.request.urlopen(url.replace("/v1", "/bodies")).read())
+    assert bodies[0] == body_of(Request("sage", "What is truth?", "You are a sage."))
+    assert bodies[-1]["chat_template_kwargs"] == dict(enable_thinking=False) and bodies[5]["stop"] == ["."]
+
+def test_failures_are_listed_capped_and_asked_again(tmp_path):
+    with ResponseStore(tmp_path / "answers.db") as store:
+        with serving("--rate", 1, "--faults", "500") as url:
+            port = url.split(":")[2].split("/")[0]
+            with pytest.raises(GenerationError, match=r"3 requests failed \(max_failures\), the last: HTTP 500: out of order \(sent 1 times\)"):
+                generate_answers({"sage": None}, [f"{n}?" for n in range(10)], config(url, max_attempts=1, max_failures=3, max_concurrent_requests=1), store, progress=False)
+        assert [r.question for r, _ in store.failures()] == ["0?", "1?", "2?"]
+        with serving("--rate", 0, "--port", port) as url:
+            assert len(generate_answers({"sage": None}, [f"{n}?" for n in range(10)], config(url), store, progress=False)) == 10
+        assert store.failures() == []
+
+def test_ctrl_c_keeps_what_was_finished_and_says_how_to_go_on(tmp_path):
+    with serving("--rate", 0, "--delay", .05) as url:
+        run = start(url, tmp_path / "answers.db", 1500); run.stdout.readline(); time.sleep(1)
+        run.send_signal(signal.SIGINT); out, err = run.communicate(timeout=30)
+        with ResponseStore(tmp_path / "answers.db") as store: kept = len(store)
+    assert run.returncode != 0 and 0 < kept < 1500
+    assert f"stopped: {kept} of 1500 answers are kept in {tmp_path}/answers.db; the same call asks only for the rest" in err
+    assert "Task exception was never retrieved" not in err and KEY not in out + err
+
+def test_a_wrong_key_is_told_once_and_never_shown(tmp_path, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    with serving("--rate", 0) as url:
+        with pytest.raises(GenerationError, match="the key is not accepted") as error:
+            generate_answers({"sage": None}, ["Why?"] , config(url, openrouter_api_key="wrong-key"), tmp_path / "answers.db", progress=False)
+        assert stats(url)["requests"] == 0
+    seen, e = [], error.value
+    while e is not None: seen += [str(e), repr(e)]; e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+    assert "wrong-key" not in "".join(seen) + caplog.text + "".join(capsys.readouterr()) and "****" in seen[0]
+
+def test_a_dry_run_asks_nothing(tmp_path, capsys):
+    with serving("--rate", 0) as url:
+        plan = generate_answers({"sage": "x" * 396, "fool": None}, ["Why?"] * 1 + ["What?"], config(url), tmp_path / "answers.db", dry_run=True)
+        assert stats(url)["requests"] == 0
+    assert (plan.requests, plan.stored, plan.answer_tokens) == (4, 0, 64)
+    assert plan.prompt_tokens == 2 * (396 // 4 + 5) + 4 * (1 + 5)
+    assert plan.cost == pytest.approx((plan.prompt_tokens * 1 + 64 * 2) / 1e6)  # dollars; the server's list of models has the prices
+    assert "4 requests to ask, 0 answered already" in capsys.readouterr().out
+
+def test_stores_are_put_together(tmp_path):
+    with ResponseStore(tmp_path / "a.db") as a, ResponseStore(tmp_path / "b.db") as b:
+        a.add(Request("sage", "Why?"), Answer("Because.")); b.add(Request("fool", "Why?"), Answer("Why not?"))
+        export_answers(a, tmp_path / "a.jsonl")
+        assert import_answers(b, tmp_path / "a.jsonl") == 1 and {r.persona for r, _ in b.answered()} == {"sage", "fool"}
+        with pytest.raises(ResponseError, match="no column"): list(b.rows(colour="red"))
