@@ -42,7 +42,7 @@ def split_thinking(
 
 # %% ../nbs/03_answers.ipynb #cell-11
 _NOT = r"(?:can(?:no|['’])?t|cannot|could(?: not|n['’]t)|won['’]t|will not|would (?:rather )?not|am (?:not able|unable|not allowed) to|must (?:decline|refuse)|have to (?:decline|refuse))"
-_DEED = r'(?:help|assist|do|comply|fulfil+|answer|provide|support|take part|participate|continue|discuss|engage|create|write|generate|share|give|be able)'
+_DEED = r'(?:help|assist|do|comply|fulfil+|answer|provide|support|take part|participate|continue|discuss|engage|create|write|generate|share|give|judge|rate|evaluate|be able)'
 _REFUSAL = re.compile(rf"(?:i['’]?m (?:very |really |so )?sorry|i am sorry|sorry|i apologi[sz]e|unfortunately|no)?[\s,.;:—-]*(?:but )?(?:as an ai(?: language)?(?: model| assistant)?,? )?(?:(?:i|we) {_NOT}\s+(?:to )?{_DEED}\b|i must (?:decline|refuse))", re.I)
 
 def refuses(

@@ -95,7 +95,7 @@ def _continue(model, tokenizer, prompts, max_tokens, temperature, top_p, seeds, 
     ids = torch.tensor([[pad]*(width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts], device=model.device)
     sampling, drawing = _sampling(prompts, width, max_tokens, temperature, top_p, seeds)
-    leaving = dict(past_key_values=DynamicCache(config=model.config)) if _has_rows(model) else {}
+    leaving = dict(past_key_values=DynamicCache(config=model.config), use_cache=True) if _has_rows(model) else {}
     out, rows, done = torch.full((len(prompts), max_tokens), pad, device=model.device), torch.arange(len(prompts)), 0
     while done < max_tokens and len(rows):
         if drawing: drawing.rows = rows
@@ -287,10 +287,10 @@ class GenerationError(RuntimeError):
 
 class _Run:
     "One run: where its answers go, and its progress bar"
-    def __init__(self, todo, store, config, progress):
+    def __init__(self, todo, store, config, progress, what):
         self.todo, self.store, self.config, self.failed, self.tokens, self.cost, self.client = todo, store, config, [], 0, 0., None
         self.replaced = {r.key for r in todo if store.get(r)} # asked again
-        self.bar = tqdm(total=len(todo), desc='responses', unit='response', disable=not progress)
+        self.bar = tqdm(total=len(todo), desc=what, unit=what.removesuffix('s'), disable=not progress)
 
     def done(self, request, answer):
         self.store.add(request, answer, replace=request.key in self.replaced)
@@ -327,9 +327,10 @@ def answer_requests(
     local:bool, # Whether this machine answers
     again:Sequence[str]=(), # Statuses of stored answers that are asked for again; the old answer stays until there is a new one
     progress:bool=True, # Show a progress bar
+    what:str='responses', # Beside the bar
 )->Answered: # In the order of the requests
     "Answers to all requests; raises GenerationError when some could not be had"
-    run = _Run(_missing(requests, store, again), store, config, progress)
+    run = _Run(_missing(requests, store, again), store, config, progress, what)
     where = f' in {store.path}' if str(store.path) != ':memory:' else ''
     def have(): return [(r, a) for r in requests if (a := store.get(r))]
     def kept(): return f'{len(have())} of {len(requests)} answers are kept{where}; the same call asks only for the rest'

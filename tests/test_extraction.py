@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 
 from persona_vectors.chat import conversation, encode_chat
 from persona_vectors.config import PersonaVectorConfig
+from persona_vectors.generation import iter_batches
 from persona_vectors.extraction import ActivationExtractor, load_moments
 from persona_vectors.models import blocks, load_model
 from persona_vectors.reading import Reader, Row, _sharing
@@ -77,6 +78,26 @@ def test_architecture(name):
         assert error(ours(model, some, layers, **kw), expected) < 1e-5, kw
         assert error(ours(model, [some[i] for i in order], layers, **kw), expected[order]) < 1e-5, kw
     assert _sharing[model] == {3: name != 'mamba'} # it has no keys and values, so every conversation is read whole
+
+@torch.no_grad()
+def word_for_word(model, prompt, ends, n):
+    "Greedy, one example, no cache"
+    said = []
+    while len(said) < n and not (said and said[-1] in ends): said.append(model(torch.tensor([prompt + said])).logits[0, -1].argmax().item())
+    return said
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_generation_with_rows_that_leave(name):
+    model = random_model(name)
+    prompts = [r.ids[:n] for r, n in zip(rows()[::2], (9, 30, 17, 24, 12))]
+    ends = [word_for_word(model, p, (), n + 1)[n] for p, n in zip(prompts, (2, 9, 13))]
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, ends # they end after some words, at different times
+    try:
+        expected = [word_for_word(model, p, ends, 20) for p in prompts]
+        found = {i: row for batch, ids in iter_batches(model, load_model(CONFIG)[1], prompts, max_tokens=20, temperature=0) for i, row in zip(batch, ids.tolist())}
+    finally: model.generation_config.eos_token_id = before
+    assert len({len(e) for e in expected}) > 1
+    for i, e in enumerate(expected): assert found[i][:len(e)] == e and set(found[i][len(e):]) <= {load_model(CONFIG)[1].pad_token_id}, (i, e, found[i])
 
 @pytest.mark.parametrize('name', ('llama', 'gemma3', 'gpt2', 'qwen3_moe'))
 def test_bfloat16(name):

@@ -2,15 +2,24 @@
 
 The card is CARD.md followed by the figures of the evaluation, so that it never shows numbers of another model.
 """
-import argparse, json, shutil
+import argparse, gzip, json, random, shutil
 from pathlib import Path
+
+import corpus
 
 from persona_vectors.config import PersonaVectorConfig
 from persona_vectors.models import fingerprint, load_model
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "persona_vectors/data/persona-tiny"
+JUDGE = PACKAGE.with_name("persona-tiny-answers.json.gz")  # what the package's offline judge learns from
 LIMIT = 8e6  # bytes of the whole folder
+
+def write_answers(per_style=150):
+    "Answers from the grammar alone, by style; no model wrote them"
+    rng = random.Random(7)
+    answers = {s: [corpus.answer(rng, corpus.mix(rng, s), rng.choice(corpus.topics())) for _ in range(per_style)] for s in corpus.styles()}
+    JUDGE.write_bytes(gzip.compress(json.dumps(answers, ensure_ascii=False).encode(), mtime=0))
 
 def figures(evaluation):
     "The evaluation as a markdown table"
@@ -28,7 +37,9 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--model", type=Path, default=HERE / "build/persona-tiny")
     ap.add_argument("--accept-missed", action="store_true", help="ship although bars are missed; the card marks them")
+    ap.add_argument("--answers-only", action="store_true", help="write only what the offline judge learns from")
     a = ap.parse_args()
+    if a.answers_only: return write_answers()
     model = a.model
     training, evaluation = (json.loads((model.parent / f"{model.name}-{kind}.json").read_text()) for kind in ("training", "evaluation"))
     if evaluation["fingerprint"] != fingerprint(load_model(PersonaVectorConfig(model_name=str(model.resolve()), device="cpu"))[0]): raise SystemExit(f"the evaluation is of other weights than {model}: run make eval-persona-tiny")
@@ -43,6 +54,7 @@ def main():
     shutil.rmtree(PACKAGE, ignore_errors=True); new.rename(PACKAGE)  # complete before the old one goes
     shutil.copyfile(model.parent / f"{model.name}-evaluation.json", HERE / "evaluation.json")
     shutil.copyfile(model.parent / f"{model.name}-training.json", HERE / "training.json")
+    write_answers()
     print(f"shipped {model.name}: {size / 1e6:.2f} MB in {PACKAGE.relative_to(HERE.parents[1])}")
 
 if __name__ == "__main__": main()
