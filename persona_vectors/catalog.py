@@ -47,6 +47,7 @@ class Trait(_Entry):
     evaluation_questions:Texts # Asked to test it; disjoint from the former
     rubric:Text|None = None # Tells a judge how to score the trait from 0 to 100
     starters:list[Text] = [] # Sentence beginnings that let the trait show
+    source:Text|None = None # Who wrote it: a model's name, 'template'; None is a person
 
     def model_post_init(self, _):
         both = set(self.extraction_questions) & set(self.evaluation_questions)

@@ -166,7 +166,7 @@ class ApiJudge:
         store:ResponseStore|None=None, # Keeps what the judge says; None keeps it for as long as the judge
         samples:int=5, # Replies that are averaged where there are no probabilities
         progress:bool=True, # Show progress bars
-    ): self.config, self.store, self.samples, self.progress = config, store or ResponseStore(), samples, progress
+    ): self.config, self.store, self.samples, self.progress = config, ResponseStore() if store is None else store, samples, progress
 
     def score(self, items:Sequence[Item])->list[Verdict]:
         "One verdict per item; what fails is a verdict too"

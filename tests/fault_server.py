@@ -15,8 +15,16 @@ FAULTS = HARD + SOFT
 
 def key_of(body): return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
+def draft_of(asked):
+    "What a careless author of traits writes: prose, then too little, then what was asked for"
+    complaint = asked.partition("could not be used: ")[2]
+    if not complaint: return "Certainly! Here is what you asked for: {pairs: five of them}"
+    pairs = [dict(on=f"You are full of it in way {n}.", off=f"You are free of it in way {n}.") for n in range(5)]
+    return "```json\n" + json.dumps(dict(pairs=pairs, questions=[f"What about {n}?" for n in range(3 if "JSON cannot be read" in complaint else 40)], rubric="Score from 0 to 100.")) + "\n```"
+
 def text_of(body):
     "What is answered to a request: a number to a judge's question, a sentence to any other"
+    if body["model"] == "author": return draft_of(body["messages"][-1]["content"])
     key = key_of({k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")})
     return str(int(key[:8], 16) % 101) if "judge" in body["model"] else f"An answer, number {key[:12]}, to: {body['messages'][-1]['content']}"
 
