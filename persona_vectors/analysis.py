@@ -65,20 +65,19 @@ def pca(
 
 # %% ../nbs/09_analysis.ipynb #cell-19
 def split_half_cosine(
-    activations:dict[str, Tensor], # {name: (n_questions, d_model)}, row i of every persona for question i
-    splits:int=50, # Random halvings of the questions
+    activations:dict[str, Tensor], # {name: (n, d_model)}; where all have as many rows, row i of every persona is about question i
+    splits:int=50, # Random halvings
     seed:int=0, # Of the halvings
 )->dict[str, float]: # {name: mean cosine between the centred vectors of two halves}
-    "Reliability of each persona vector"
-    x = torch.stack([a.float() for a in activations.values()]) # (n_personas, n_questions, d_model)
-    n = x.shape[1]
-    if len(x) < 2: raise ValueError(f'{len(x)} persona: two are needed, because the common mean is subtracted')
-    if not x.isfinite().all(): raise ValueError('activations contain NaN or infinite numbers; extract them again')
-    if n < 2: raise ValueError(f'{n} question(s): two are needed to split')
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(len(x))
+    "Reliability of each persona vector; all are halved by the same questions, or each by itself where some answers were left out"
+    rows = [a.float() for a in activations.values()]
+    counts = [len(a) for a in rows]
+    if len(rows) < 2: raise ValueError(f'{len(rows)} persona: two are needed, because the common mean is subtracted')
+    if not all(a.isfinite().all() for a in rows): raise ValueError('activations contain NaN or infinite numbers; extract them again')
+    if min(counts) < 2: raise ValueError(f'{min(counts)} question(s): two are needed to split')
+    generator, total = torch.Generator().manual_seed(seed), torch.zeros(len(rows))
     for _ in range(splits):
-        order = torch.randperm(n, generator=generator)
-        a,b = (center(m, m.mean(0)) for m in (x[:, half].mean(1) for half in (order[:n//2], order[n//2:])))
+        orders = [torch.randperm(counts[0], generator=generator)]*len(rows) if len(set(counts)) == 1 else [torch.randperm(n, generator=generator) for n in counts]
+        a,b = (center(m, m.mean(0)) for m in (torch.stack([x[o[h(len(o))]].mean(0) for x,o in zip(rows, orders)]) for h in (lambda n: slice(n//2), lambda n: slice(n//2, None))))
         total += torch.cosine_similarity(a, b, dim=-1)
     return dict(zip(activations, (total/splits).tolist()))

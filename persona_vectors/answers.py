@@ -13,7 +13,7 @@ from typing import Any, Iterable
 
 # %% ../nbs/03_answers.ipynb #cell-06
 STATUSES = dict(ok='fine', empty='without any text', reasoning_only='with reasoning but no answer', truncated='cut off at the longest length',
-                refused='refused', other_model='written by another model than asked for')
+                refused='refused', other_model='written by another model than asked for', rejected='rejected by a judge')
 
 @dataclass(frozen=True)
 class Answer:

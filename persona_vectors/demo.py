@@ -18,6 +18,7 @@ from .config import PersonaVectorConfig
 from .files import atomic_write
 from .extraction import ActivationExtractor
 from .generation import generate_local, generate_responses
+from .judging import reject, tiny_judge
 from .models import PERSONA_TINY, load_model
 from .plots import plot_cosine_matrix, plot_pca, plot_split_half, save_figure
 from .responses import Responses, save_responses
@@ -31,7 +32,8 @@ DOSES = (0., 1.25, 1.5, 1.75) # of the raw difference of means
 @dataclass(frozen=True)
 class Demo:
     "What the demo computed"
-    responses:Responses # {(persona, question): text}
+    responses:Responses # {(persona, question): text}; those the judge rejects are marked
+    in_role:dict[str, float] # Share of each persona's responses that the judge keeps
     vectors:Vectors # {persona: (d_model,)}
     layer:int # 0-based block they were read at
     neighbors:list[dict] # Nearest and farthest persona of each
@@ -69,7 +71,8 @@ def run_demo(
     config = PersonaVectorConfig(model_name=PERSONA_TINY, max_tokens=128, batch_size=64)
     extractor = ActivationExtractor(config)
     layer, = extractor.layers(layer)
-    responses = generate_responses(PERSONAS, EVAL_QUESTIONS, config, progress=progress)
+    responses = reject(generate_responses(PERSONAS, EVAL_QUESTIONS, config, progress=progress), PERSONAS, tiny_judge())
+    in_role = {p:sum((p, q) not in responses.marks for q in EVAL_QUESTIONS)/len(EVAL_QUESTIONS) for p in PERSONAS}
     activations = persona_activations(extractor, PERSONAS, EVAL_QUESTIONS, responses, layer, progress)
     vectors = {p:a.mean(0) for p,a in activations.items()}
     reliability = split_half_cosine(activations)
@@ -78,7 +81,7 @@ def run_demo(
     near = neighbors(vectors)
     files = [folder/'responses.json', folder/f'persona_vectors_layer{layer}.safetensors', folder/'results.json']
     save_responses(responses, files[0]); save_persona_vectors(vectors, files[1])
-    with atomic_write(files[2], 'w') as f: json.dump(dict(layer=layer, neighbors=near, split_half_cosine=reliability, steered_to=steer_to, question=question, steered=steered), f, indent=1)
+    with atomic_write(files[2], 'w') as f: json.dump(dict(layer=layer, in_role=in_role, neighbors=near, split_half_cosine=reliability, steered_to=steer_to, question=question, steered=steered), f, indent=1)
     groups = {p:GROUPS.get(p, 'role') for p in vectors}
     for name,fig in dict(cosine_matrix=plot_cosine_matrix(vectors), pca=plot_pca(vectors, groups), reliability=plot_split_half(reliability, len(EVAL_QUESTIONS))).items(): files += save_figure(fig, folder/name, png)
-    return Demo(responses, vectors, layer, near, reliability, steered, steer_to, question, files)
+    return Demo(responses, in_role, vectors, layer, near, reliability, steered, steer_to, question, files)

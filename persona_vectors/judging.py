@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'logger', 'ENDS', 'ANSWERS', 'parse_score', 'Rubric', 'trait_rubric', 'coherence_rubric', 'role_rubric',
            'Verdict', 'Item', 'Judge', 'score_from_logprobs', 'ApiJudge', 'ClassifierJudge', 'tiny_judge', 'Agreement',
-           'agreement', 'keep_pairs']
+           'agreement', 'keep_pairs', 'reject']
 
 # %% ../nbs/06_judging.ipynb #cell-03
 import gzip, json, logging, math, re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from .config import PersonaVectorConfig
 from .catalog import Trait
 from .answers import Answer, refuses, split_thinking
 from .client import request_parameters
-from .responses import Answered, Request, ResponseStore
+from .responses import Request, Responses, ResponseStore
 from .generation import GenerationError, answer_requests
 from .coherence import words
 
@@ -252,7 +253,8 @@ class ClassifierJudge:
         label = item.rubric.label
         if label is None: return min(1., self._known(item.answer)/self.usual)
         if label in self.ends: much, little = self.ends[label]; return .5 + .5*(p[self.labels[much]] - p[self.labels[little]])
-        return p[self.labels[self.alike.get(label, label)]]
+        mine = self.labels[self.alike.get(label, label)]
+        return p[mine]/(p[mine] + max(o for k,o in enumerate(p) if k != mine)) # half: as much like this as like the next
 
 def _pairs(text): w = words(text); return list(zip(w, w[1:]))
 
@@ -311,3 +313,20 @@ def keep_pairs(
     dropped = len(faults) - faults.count(None)
     if dropped: logger.warning('%d of %d pairs are dropped: %s', dropped, len(faults), ', '.join(f'{n} {k}' for k,n in reasons.items() if n))
     return np.array([f is None for f in faults], dtype=bool)
+
+# %% ../nbs/06_judging.ipynb #cell-33
+def reject(
+    responses:Responses|dict, # {(persona, question): response}
+    personas:dict[str, str], # {name: system prompt}
+    judge:Judge, # Scores role (0-3) and coherence (0-100)
+    role:float=1.5, # At least; 1.5 is rather in role than not
+    coherent:float=50, # At least
+)->Responses: # The same, with those that fall short or have no score marked as 'rejected'
+    "Let a judge look at the responses of personas; one line of the log says what is rejected and why"
+    at = list(responses)
+    in_role = judge.score([Item(role_rubric(p, personas[p]), q, responses[p, q]) for p,q in at])
+    fine = judge.score([Item(coherence_rubric(), q, responses[p, q]) for p,q in at])
+    def fault(a, b): return 'without a score' if a.status != 'ok' or b.status != 'ok' else 'out of role' if a.score < role else 'incoherent' if b.score < coherent else None
+    faults = {k:f for k,a,b in zip(at, in_role, fine) if (f := fault(a, b))}
+    if faults: logger.warning('%d of %d responses are rejected: %s', len(faults), len(at), ', '.join(f'{n} {f}' for f,n in Counter(faults.values()).items()))
+    return Responses(responses, marks={**getattr(responses, 'marks', {}), **dict.fromkeys(faults, 'rejected')})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PATIENCE', 'app', 'Model', 'Folder', 'Personas', 'RayAddress', 'Workers', 'Gpus', 'Size', 'Shard', 'shards_of',
-           'ExtractJob', 'GenerateJob', 'merge_moments', 'merge_texts', 'run_here', 'run_torchrun', 'run_ray',
+           'ExtractJob', 'GenerateJob', 'merge_moments', 'merge_answers', 'run_here', 'run_torchrun', 'run_ray',
            'generate', 'extract', 'main']
 
 # %% ../nbs/14_scale.ipynb #cell-03
@@ -20,9 +20,10 @@ from .files import atomic_write
 from .config import PersonaVectorConfig
 from .catalog import EVAL_QUESTIONS, PERSONAS, load_personas, load_questions
 from .models import fingerprint, load_model
+from .answers import Answer
 from .chat import SPOKEN, Messages, conversation
-from .responses import load_responses, require_json, save_responses
-from .generation import generate_local, sampling_of
+from .responses import Responses, load_responses, require_json, save_responses, usable
+from .generation import iter_local, sampling_of
 from .extraction import ActivationExtractor, Moments, extract_moments, load_moments, shard_path
 from .vectors import require_vector_file, save_persona_vectors
 
@@ -74,7 +75,7 @@ class GenerateJob:
 
     def paths(self, shards:Sequence[Shard])->list[Path]:
         "The files of shards"
-        settings = dict(sampling_of(self.config), fingerprint=fingerprint(load_model(self.config)[0]))
+        settings = {**sampling_of(self.config), 'batch_size': None, 'fingerprint': fingerprint(load_model(self.config)[0])} # how many are done together changes nothing
         return [shard_path(self.folder, s.name, [settings, s.conversations], '.json') for s in shards]
 
     def run(self, shard:Shard)->Path:
@@ -82,8 +83,8 @@ class GenerateJob:
         path, = self.paths([shard])
         if path.exists(): return path
         seed = int(hashlib.sha256(f'{self.config.seed} {shard.name}'.encode()).hexdigest()[:8], 16) # no two shards draw the same numbers, whoever does them
-        texts = generate_local(*load_model(self.config), shard.conversations, **dict(sampling_of(self.config), seed=seed))
-        with atomic_write(path, 'w') as f: json.dump(texts, f, ensure_ascii=False, indent=1)
+        found = dict(iter_local(*load_model(self.config), shard.conversations, **dict(sampling_of(self.config), seed=seed)))
+        with atomic_write(path, 'w') as f: json.dump([[found[i].text, found[i].status] for i in range(len(found))], f, ensure_ascii=False, indent=1)
         return path
 
 def merge_moments(
@@ -98,16 +99,16 @@ def merge_moments(
         out[shard.group] = out[shard.group] + part if shard.group in out else part
     return out
 
-def merge_texts(
+def merge_answers(
     shards:Sequence[Shard], # All shards of a job
     paths:Sequence[str|Path], # Their files
-)->dict[str, list[str]]: # {group: responses in the order of its conversations}
-    "The responses of every group"
+)->dict[str, list[Answer]]: # {group: answers in the order of its conversations}, with text and status
+    "The answers of every group"
     out = {}
     for shard,path in zip(shards, paths, strict=True):
-        texts = json.loads(Path(path).read_text(encoding='utf-8'))
-        if len(texts) != len(shard.conversations): raise ValueError(f'{path} has {len(texts)} responses, shard {shard.name} has {len(shard.conversations)} questions; delete it and run again')
-        out.setdefault(shard.group, []).extend(texts)
+        answers = [Answer(text, status) for text,status in json.loads(Path(path).read_text(encoding='utf-8'))]
+        if len(answers) != len(shard.conversations): raise ValueError(f'{path} has {len(answers)} responses, shard {shard.name} has {len(shard.conversations)} questions; delete it and run again')
+        out.setdefault(shard.group, []).extend(answers)
     return out
 
 # %% ../nbs/14_scale.ipynb #cell-11
@@ -213,9 +214,9 @@ def generate(
     shards = shards_of({p: [conversation(q, s) for q in asked] for p,s in prompts.items()}, size)
     paths = _run(job, shards, ray, workers, gpus)
     if paths is None: return
-    texts = merge_texts(shards, paths)
-    save_responses({(p, q): t for p in texts for q,t in zip(asked, texts[p])}, out)
-    print(f'{len(prompts)*len(asked)} responses in {out}')
+    said = {(p, q):a for p,group in merge_answers(shards, paths).items() for q,a in zip(asked, group)}
+    save_responses(Responses({k:a.text for k,a in said.items()}, marks={k:a.status for k,a in said.items() if a.status != 'ok'}), out)
+    print(f'{len(said)} responses in {out}')
 
 @app.command()
 def extract(
@@ -233,7 +234,7 @@ def extract(
     unknown = {p for p,_ in said} - set(prompts)
     if unknown: raise ValueError(f'{responses} has responses of {", ".join(sorted(unknown))}, whose system prompts are unknown; pass --personas')
     groups = {}
-    for (p,q),text in said.items(): groups.setdefault(p, []).append(conversation(q, prompts[p], text))
+    for (p,q),text in usable(said, said.marks).items(): groups.setdefault(p, []).append(conversation(q, prompts[p], text))
     job = ExtractJob(PersonaVectorConfig(model_name=model), str(folder), int(layer) if layer.removeprefix('-').isdigit() else layer) # any other word is refused with the layers there are
     shards = shards_of(groups, size)
     paths = _run(job, shards, ray, workers, gpus)
