@@ -9,7 +9,7 @@ __all__ = ['STATUSES', 'Answer', 'split_thinking', 'refuses', 'same_model', 'ans
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Iterable
 
 # %% ../nbs/03_answers.ipynb #cell-06
 STATUSES = dict(ok='fine', empty='without any text', reasoning_only='with reasoning but no answer', truncated='cut off at the longest length',

@@ -6,7 +6,7 @@
 __all__ = ['log', 'TEMPLATE', 'AuthoringError', 'create_trait', 'create_persona', 'preview', 'save_trait']
 
 # %% ../nbs/06_authoring.ipynb #cell-03
-import json, logging, re
+import json, logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from .files import atomic_write
 from .config import PersonaVectorConfig
 from .catalog import Archetype, Pair, Text, Texts, Trait
-from .responses import Request, ResponseStore
+from .responses import ResponseStore
 from .generation import answer_requests, requests_of, is_local
 
 # %% ../nbs/06_authoring.ipynb #cell-06

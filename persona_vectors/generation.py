@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextIt
 from .config import PersonaVectorConfig
 from .models import PERSONA_TINY, fingerprint, is_path, load_model
 from .answers import Answer, answer_of, left_out_line, require_statuses
-from .chat import Messages, chat_prompt, conversation
+from .chat import Messages, chat_prompt
 from .client import ApiClient, RequestFailed, RunStopped, each, estimate_tokens, prices_of, request_parameters, run_async
 from .responses import Answered, Request, Responses, ResponseStore, load_responses, require_json, responses_of, save_responses
 

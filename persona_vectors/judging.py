@@ -10,16 +10,16 @@ __all__ = ['VERDICTS', 'logger', 'ENDS', 'ANSWERS', 'parse_score', 'Rubric', 'tr
 # %% ../nbs/06_judging.ipynb #cell-03
 import gzip, json, logging, math, re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
-from typing import Any, Protocol, Sequence
+from typing import Protocol, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 from .config import PersonaVectorConfig
 from .catalog import Trait
-from .answers import Answer, refuses, split_thinking
+from .answers import refuses, split_thinking
 from .client import request_parameters
 from .responses import Request, Responses, ResponseStore
 from .generation import GenerationError, answer_requests

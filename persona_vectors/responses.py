@@ -267,10 +267,10 @@ def export_answers(
         found = responses_of(store.answered(**columns)); save_responses(found, path)
         return len(found)
     if path.suffix != '.jsonl': raise ResponseError(f'{path}: answers are exported as .jsonl or .json, not {path.suffix!r}')
+    rows = 0
     with atomic_write(path, 'w') as f:
-        n = 0
-        for n,row in enumerate(store.rows(**columns), 1): f.write(_json(row) + '\n')
-    return n
+        for row in store.rows(**columns): f.write(_json(row) + '\n'); rows += 1
+    return rows
 
 def import_answers(
     store:ResponseStore, # Receives them

@@ -1,5 +1,5 @@
 """Generation against a server that misbehaves on purpose, with processes that are killed, disks that are full and folders that are closed."""
-import json, logging, os, random, signal, subprocess, sys, tempfile, threading, time, urllib.request
+import json, logging, os, signal, subprocess, sys, tempfile, threading, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 

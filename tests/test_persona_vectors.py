@@ -59,7 +59,7 @@ def test_the_interface_word_for_word(tmp_path):
     config = PersonaVectorConfig()
     assert (config.model_name, config.openrouter_model, config.layer_fraction, config.max_tokens) == ("google/gemma-3-27b-it", None, 0.65, 256)
     assert (config.temperature, config.max_concurrent_requests) == (0.7, 10)
-    config = PersonaVectorConfig(model_name="persona-tiny", max_tokens=24, device="cpu")
+    config = PersonaVectorConfig(model_name="persona-tiny", max_tokens=128, device="cpu")
     personas, questions = {p: PERSONAS[p] for p in ("default", "jester")}, EVAL_QUESTIONS[:2]
     responses = generate_responses(personas=personas, questions=questions, config=config)
     assert set(responses) == {(p, q) for p in personas for q in questions}
