@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_vectors import EVAL_QUESTIONS, PERSONAS, GenerationError, PersonaVectorConfig, generate_responses
+from persona_vectors import EVAL_QUESTIONS, PERSONAS, ApiJudge, GenerationError, Item, PersonaVectorConfig, coherence_rubric, generate_answers, generate_responses
 from persona_vectors.models import model_source
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,15 @@ def test_a_run_in_a_script_needs_no_loop(url, tmp_path):
     code = f"from persona_vectors import PersonaVectorConfig, generate_responses; r = generate_responses({{'a': 'You are a jester.'}}, ['Hi?'], PersonaVectorConfig(base_url={url!r}, openrouter_model={model_source('persona-tiny')!r}, max_tokens=8)); print(len(r))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "1", done.stderr
+
+def test_a_judge_that_only_talks_gives_no_score(url):
+    "persona-tiny cannot count, and its server tells no probabilities: prose is not a number"
+    judge = ApiJudge(config(url), samples=2, progress=False)
+    verdicts = judge.score([Item(coherence_rubric(), "What is truth?", text) for text in ("Truth is a river.", "river a is Truth")])
+    assert [(v.status, v.score, v.how) for v in verdicts] == [("unparsed", None, "samples")] * 2 and all(v.said for v in verdicts)
+    assert len(list(judge.store.rows("judgement"))) == 2 + 2 * 2
+
+def test_every_answer_is_told_whole(url):
+    (request, answer), = generate_answers({"bard": PERSONAS["bard"]}, EVAL_QUESTIONS[:1], config(url), progress=False)
+    assert request.endpoint == url and answer.finish_reason == "length" and answer.status == "truncated"
+    assert answer.completion_tokens == 24 and answer.prompt_tokens > 20 and answer.seconds > 0

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fault_server
 from persona_vectors import GenerationError, PersonaVectorConfig, Request, ResponseStore, generate_answers
 from persona_vectors.answers import Answer
+from persona_vectors.client import ApiClient
 from persona_vectors.responses import ResponseError, import_answers, export_answers
 
 KEY = "sk-canary-7d1f0c9a"  # must be nowhere
@@ -218,9 +219,10 @@ def test_a_wrong_key_is_told_once_and_never_shown(tmp_path, caplog, capsys):
         with pytest.raises(GenerationError, match="the key is not accepted") as error:
             generate_answers({"sage": None}, ["Why?"] , config(url, openrouter_api_key="wrong-key"), tmp_path / "answers.db", progress=False)
         assert stats(url)["requests"] == 0
-    seen, e = [], error.value
-    while e is not None: seen += [str(e), repr(e)]; e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
-    assert "wrong-key" not in "".join(seen) + caplog.text + "".join(capsys.readouterr()) and "****" in seen[0]
+    seen, e = [repr(o) for o in (config("http://127.0.0.1:9/v1", openrouter_api_key="wrong-key"), ApiClient(config("http://127.0.0.1:9/v1", openrouter_api_key="wrong-key")).api, ResponseStore(tmp_path / "answers.db"))], error.value
+    shown = []
+    while e is not None: shown += [str(e), repr(e)]; e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+    assert "wrong-key" not in "".join(seen + shown) + caplog.text + "".join(capsys.readouterr()) and "****" in shown[0]
 
 def test_a_dry_run_asks_nothing(tmp_path, capsys):
     with serving("--rate", 0) as url:
