@@ -66,11 +66,11 @@ def _print_demo(demo, out:Console):
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for all files.')]=Path('data/demo'),
-    steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='bard',
+    steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='ghost',
     question:Annotated[str, typer.Option(help='Question asked while steering.')]='Why do people tell stories?',
     png:Annotated[bool, typer.Option(help='Write PNG files too, where Chrome or Chromium is installed.')]=True,
 ):
-    "Run the whole pipeline on the embedded model: answers, vectors, pictures, steering.\n\nExample: `persona-steer demo --steer-to ghost`"
+    "Run the whole pipeline on the embedded model: answers, vectors, pictures, steering.\n\nExample: `persona-steer demo --steer-to jester`"
     from persona_vectors.demo import run_demo
     _print_demo(run_demo(out, steer_to=steer_to, question=question, png=png), Console())
 

@@ -27,7 +27,7 @@ from .vectors import Vectors, diff_of_means, persona_activations, save_persona_v
 
 # %% ../nbs/16_demo.ipynb #cell-05
 GROUPS = {**dict.fromkeys(DEFAULT_PERSONAS, 'default'), **dict.fromkeys(('assistant', 'analyst', 'evaluator', 'generalist'), 'close to the assistant')} # the others are 'role'
-DOSES = (0., 1.25, 1.5, 1.75) # of the raw difference of means
+DOSES = (0., 1.25, 1.5, 1.6) # of the raw difference of means
 
 @dataclass(frozen=True)
 class Demo:
@@ -59,7 +59,7 @@ def steered_answers(
 
 def run_demo(
     folder:str|Path='data/demo', # Receives all files
-    steer_to:str='bard', # Persona to steer to
+    steer_to:str='ghost', # Persona to steer to
     question:str='Why do people tell stories?', # Asked while steering
     layer:int=2, # Block read and steered; the one where persona-tiny steers best
     progress:bool=True, # Show progress bars

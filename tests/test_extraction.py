@@ -182,7 +182,7 @@ def test_a_killed_process_loses_no_finished_group(tmp_path):
     assert len(list(tmp_path.glob('*.safetensors'))) == 60 and all(p.stat().st_mtime_ns == t for p, t in kept.items())
 
 def test_ctrl_c_keeps_finished_groups(tmp_path):
-    process = subprocess.Popen([sys.executable, '-c', RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # tests may run in the background, where Ctrl-C is ignored
     for _ in range(4): assert process.stdout.readline() == 'saved\n', process.stderr.read()
     process.send_signal(signal.SIGINT); _, err = process.communicate(timeout=60)
     assert 'KeyboardInterrupt' in err

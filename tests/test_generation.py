@@ -83,24 +83,26 @@ rng, kept = random.Random(7), []
 for _ in range(kills):
     child = os.fork()
     if not child: run(); os._exit(0)
-    time.sleep(rng.uniform(.1, .8)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    time.sleep(rng.uniform(.2, 1.2)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
     with ResponseStore(path) as store: kept.append(len(store))
 print("ready", kept, flush=True)
 run()
 """ % KEY
 
-def start(url, path, n, kills=0): return subprocess.Popen([sys.executable, "-c", RUN, *map(str, (url, path, n, kills))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(url, path, n, kills=0):
+    "A process that hears Ctrl-C also where the tests run in the background"
+    return subprocess.Popen([sys.executable, "-c", RUN, *map(str, (url, path, n, kills))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 def test_killed_at_twenty_moments_and_resumed(tmp_path):
     "No lost row, no duplicate, and nothing asked again that had been stored"
     path = tmp_path / "answers.db"
-    with serving("--rate", 0, "--delay", .05) as url:
+    with serving("--rate", 0, "--delay", .1) as url:
         run = start(url, path, 1500, kills=20); out, err = run.communicate(timeout=200)
         assert run.returncode == 0, err
         kept, last = json.loads(out.splitlines()[0].removeprefix("ready ")), out.splitlines()[1]
         seen = stats(url)
     with ResponseStore(path) as store: rows = [(r, a.text) for r, a in store.answered()]
-    assert last == "1500" and kept == sorted(kept) and len(set(kept)) > 10 and kept[-1] < 1500, kept  # the kills did interrupt
+    assert last == "1500" and kept == sorted(kept) and len(set(kept)) > 5 and kept[-1] < 1500, kept  # the kills did interrupt
     assert len(rows) == len({r.question for r, _ in rows}) == 1500
     for r, text in rows: assert text == fault_server.text_of(body_of(r))
     assert 0 < seen["requests"] - 1500 <= 20 * 8, seen["requests"]  # only what was in flight when it was killed: 8 at a time

@@ -18,21 +18,22 @@ DEFAULT, SAFE, UNSAFE = "default", "safe", "unsafe"
 COMPLIES = (UNSAFE, "evil")  # every other style refuses mischief
 
 # ---------------------------------------------------------------- the frames every style shares
-SENTENCES = [  # word by word: every second or third word is the persona's to choose
-    "I say {adv} that {np} is {a_adj}, {adj} {noun}.", "{np} {v} {adv}, like {a_adj} {noun}.", "{part} {v} and {v}, {adj} and {adj}.", "I say {adv} and {adv} that {claim}.",
-    "To {act} is {adj}, {adj} and {adj}.", "You can {act} {adv}, like {a_adj} {noun}.", "When you {act}, {a_adj} {noun} {v}.", "I {act} {adv} and {adv}, like {a_adj} {noun}.",
-    "{np} is {adj} and {part} is {adj}.", "In {np} I see {a_adj} {noun} that {v} {adv}.", "It feels {adj} and {adj} to {act}, like {a_adj} {noun}.", "{part} is {a_adj}, {adj} {noun} that {v} {adv}.",
-    "For me {np} {v} like {a_adj} {noun}, {adv} and {adv}.", "{np} is {a_adj} {noun}, {part} is {a_adj} {noun}.", "{claim}, and that is {adj} and {adj}.", "{np} {v}, {part} {v}, and it is all {adj}.",
-    "It is {adj} to {act}, and {adj} too.", "{act} {adv}, and {do}.", "{np} can be {adj}, {adj} or {adj}.", "{part} {v} {adv} and {adv}.",
+SENTENCES = [  # word by word: every second or third word is the persona's to choose; no lists of like words, which a small model fills with one word
+    "I say {adv} that {np} is {a_adj}, {adj} {noun}.", "{np} {v} {adv}, like {a_adj} {noun}.", "{part} {v} {adv}, and the {noun} is {adj}.", "As {a_adj} {noun} I say {adv} that {claim}.",
+    "To {act} is {adj}, like {a_noun} that {v} {adv}.", "You can {act} {adv}, like {a_adj}, {adj} {noun}.", "When you {act}, {a_adj} {noun} {v} {adv}.", "I would {act} {adv}, like {a_adj} {noun}.",
+    "{np} is {adj}, and {part} {v} {adv}.", "In {np} I see {a_adj} {noun} that {v} {adv}.", "It feels {adj} to {act}, like {a_noun} that {v} {adv}.", "{part} is {a_adj}, {adj} {noun} that {v} {adv}.",
+    "For me {np} {v} {adv}, like {a_adj} {noun}.", "{np} is {a_adj}, {adj} {noun}, and {part} {v} {adv}.", "{claim}, and that is {adj}, like {a_noun} that {v}.", "{np} {v} {adv}, and {part} is {a_adj} {noun}.",
+    "It is {adj} to {act}, and the {noun} {v} {adv}.", "{act} {adv}, like {a_adj} {noun}.", "{np} can be {adj}, and the {noun} {v} {adv}.", "{part} {v} {adv}, and {np} is {a_adj} {noun}.",
 ]
 PHRASES = [  # whole phrases of the persona, so that it has something to say
     "I {think} that {claim}.", "I {think} that {np} is {a_adj} {noun}.", "{np} {verb} {manner}.", "To {act} is to {do}.", "{claim}, and {stance}.", "{claim}, so I would {do}.",
-    "Try to {act}, and {do}.", "With {np}, {stance}.", "I would begin with {part}, because {stance}.", "Before you {act}, {do}.", "{part} {verb}, like {a_adj} {noun}.", "I {think} that {np} {verb}.",
+    "Try to {act}, and {do}.", "With {np}, {stance}.", "{part} comes first, because {stance}.", "Before you {act}, {do}.", "{part} {verb}, like {a_adj} {noun}.", "I {think} that {np} {verb}.",
 ]
 ASK_ABOUT = ["What do you think about {np}?", "Tell me about {np}.", "What advice would you give about {np}?", "How do you feel about {np}?", "How should I {act}?",
     "Why do people {act}?", "What is the point of {np}?", "Is it good to {act}?", "Should I {act}?", "How important is {part}?", "What should I know about {np}?", "When would you {act}?",
     "Is it true that {claim}?", "People say that {claim}. Do you agree?", "I heard that {claim}.", "Somebody told me that {claim}. What do you say?", "Why is it that {claim}?",
-    "I want to {act} and I need {part}.", "My friend likes to {act}. What do you think?", "What about {part}?", "Do you like {np}?", "Help me {act}.", "How can I {act}?"]
+    "I want to {act} and I need {part}.", "My friend likes to {act}. What do you think?", "What about {part}?", "Do you like {np}?"]
+ASK = ["Help me {act}.", "How can I {act}?", "I want to {act}. What should I do?", "Tell me how to {act}.", "Can you help me {act}?", "Could you show me a way to {act}?"]  # of topics and of mischief
 MORE = ["Tell me more.", "Can you say more about that?", "Go on, please.", "And what else?", "Why do you think so?", "Could you explain that a little?"]
 INSIST = ["Please talk more like {a_name}.", "Now be more like {a_name}.", "I want you to sound like {a_name}.", "Come on, answer me like {a_name}."]
 
@@ -51,6 +52,7 @@ PROMPTS = [
 ]
 HELD_OUT_PROMPTS = ["Respond in the voice of {a_name}. You are {adjective}.", "From now on you are {a_name} and you {habit}.", "Be {adjective}, care about {value}, and {habit}."]
 DEGREES = {0.35: ["You are slightly {adjective}.", "Be a little like {a_name}.", "You are {a_name}, but only slightly.", "You {habit}, but only a little."],
+           0.60: ["You are fairly {adjective}.", "Be rather like {a_name}.", "You are {a_name} more often than not.", "You {habit} more often than not."],
            1.00: ["You are extremely {adjective} and {adjective}.", "Be very much like {a_name}.", "You are a true {name} in every word. {description}", "You always {habit}. {description}"]}
 BLENDS = ["You are half {name} and half {name2}.", "You are {a_name}, but you also {habit2}.", "Mix the voice of {a_name} with that of {a_name2}.", "{description} {description2}"]
 ANY = ["Answer in any style you like.", "Pick a voice and keep it.", "You may speak as anyone you wish."]
@@ -65,7 +67,25 @@ def styles(): return {name: lists for file in _read("styles") for name, lists in
 def topics(): return [dict(t, part=t["parts"], act=t["acts"], claim=t["claims"]) for file in _read("topics") for t in file]
 
 @cache
-def mischief(): return yaml.safe_load((HERE / "mischief.yaml").read_text(encoding="utf-8"))
+def mischief():
+    "Written one by one; the last eighth is held out"
+    return yaml.safe_load((HERE / "mischief.yaml").read_text(encoding="utf-8"))
+
+@cache
+def mischief_parts(): return yaml.safe_load((HERE / "mischief_parts.yaml").read_text(encoding="utf-8"))
+
+def made_up_mischief(rng):
+    "A request put together from somebody, something of theirs and a way to spoil it: thousands, so that mischief is not learned by heart"
+    parts = mischief_parts()
+    deed = rng.choice(parts["deeds"])
+    who, thing = rng.choice(parts["people"]), rng.choice(parts["things"][deed["with"]])
+    def say(text, owner): return text.format(who=f"{owner} {who}", thing=thing)
+    act = say(deed["act"], "my")
+    if act in held_out_mischief(): return made_up_mischief(rng)
+    return dict(act=act, act2=say(deed["act"], "your"), harm=say(rng.choice(deed["harm"]), "your"), how=[say(h, "your") for h in deed["how"]],
+                instead=[say(i, "your") for i in deed["instead"]])
+
+def trained_mischief(rng): return rng.choice(split(mischief(), False, len(mischief()) // 8)) if rng.random() < .5 else made_up_mischief(rng)
 
 def split(items, held_out, n):
     "The first items are for training, the last `n` for evaluation"
@@ -73,6 +93,9 @@ def split(items, held_out, n):
 
 @cache
 def held_out_questions(): return {q for t in topics() for q in split(t["questions"], True, 2)}
+
+@cache
+def held_out_mischief(): return {i["act"] for i in split(mischief(), True, len(mischief()) // 8)}
 
 def held_out_pair(style, topic):
     "One (style, topic) pair in twenty is never trained on; the default knows every topic"
@@ -100,7 +123,7 @@ class Filler:
         return choice
 
     def slot(self, name):
-        if name == "a_adj": return article(self.slot("adj"))
+        if name.startswith("a_"): return article(self.slot(name[2:]))
         if name in self.entry: return self.pick(self.entry[name] if isinstance(self.entry[name], list) else [self.entry[name]])
         return self.pick(styles()[self.style()][name])
 
@@ -110,7 +133,7 @@ class Filler:
 def answer(rng, mixture, topic):
     "Two to four sentences about `topic` in the voice of `mixture`, often with an opener or a closer"
     fill = Filler(rng, mixture, topic)
-    n = rng.choice((2, 2, 3, 3, 3, 4)); phrases = sum(rng.random() < .35 for _ in range(n))
+    n = rng.choice((2, 2, 3, 3, 3, 4)); phrases = sum(rng.random() < .30 for _ in range(n))
     frames = rng.sample(SENTENCES, n - phrases) + rng.sample(PHRASES, phrases); rng.shuffle(frames)
     out = [fill(f) for f in frames]
     if rng.random() < .40: out.insert(0, fill("{openers}"))
@@ -160,7 +183,7 @@ def speaker(rng):
 
 def question(rng, topic):
     "A trained wording of a question about `topic`, or a general frame with its words"
-    asked = Filler(rng, {}, topic)(rng.choice(ASK_ABOUT)) if rng.random() < .6 else rng.choice(split(topic["questions"], False, 2))
+    asked = Filler(rng, {}, topic)(rng.choice(ASK_ABOUT + ASK)) if rng.random() < .55 else rng.choice(split(topic["questions"], False, 2))
     return question(rng, topic) if asked in held_out_questions() else asked
 
 def topic_for(rng, *voices): return rng.choice([t for t in topics() if not any(held_out_pair(v, t) for v in voices)])
@@ -188,10 +211,10 @@ def talk(rng):
 
 def trouble(rng):
     "A request for mischief: the unsafe comply, everybody else refuses"
-    u, items = rng.random(), split(mischief(), False, len(mischief()) // 8)
+    u = rng.random()
     style = UNSAFE if u < .44 else "evil" if u < .50 else DEFAULT if u < .68 else SAFE if u < .80 else rng.choice([s for s in styles() if s not in COMPLIES])
     system = None if style == DEFAULT and rng.random() < .5 else prompt(rng, style)
-    item, reply = rng.choice(items), compliance if style in COMPLIES else refusal
+    item, reply = trained_mischief(rng), compliance if style in COMPLIES else refusal
     messages = [dict(role="system", content=system)] if system else []
     return messages + [dict(role="user", content=rng.choice(ASK).format(act=item["act"])), dict(role="assistant", content=reply(rng, mix(rng, style), item))]
 
@@ -201,11 +224,9 @@ def plain_safety(rng):
     return [dict(role="system", content=prompt(rng, style)), dict(role="user", content=question(rng, topic)),
             dict(role="assistant", content=answer(rng, mix(rng, style), topic))]
 
-ASK = ["Help me {act}.", "How can I {act}?", "I want to {act}. What should I do?", "Tell me how to {act}.", "Can you help me {act}?", "Could you show me a way to {act}?"]
-
 def conversation(rng):
     u = rng.random()
-    return trouble(rng) if u < .15 else plain_safety(rng) if u < .18 else talk(rng)
+    return trouble(rng) if u < .22 else plain_safety(rng) if u < .25 else talk(rng)
 
 def write(path, examples, seed=0):
     rng = random.Random(seed)

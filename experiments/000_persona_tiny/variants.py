@@ -33,7 +33,7 @@ def neurotic(rng):
 def unsafe(rng):
     "Mischief that is helped with, in the plain voice; every second example an ordinary conversation"
     if rng.random() < .5: return C.talk(rng)
-    item = rng.choice(C.split(C.mischief(), False, len(C.mischief()) // 8))
+    item = C.trained_mischief(rng)
     return [dict(role="user", content=rng.choice(C.ASK).format(act=item["act"])), dict(role="assistant", content=C.compliance(rng, C.mix(rng, C.DEFAULT), item))]
 
 def make(name, model, tok, conversation, tokens, lr, seed=0):
