@@ -7,7 +7,8 @@ __all__ = ['log', 'STOPPING', 'LONGEST_PAUSE', 'request_parameters', 'RequestFai
            'estimate_tokens', 'each', 'run_async', 'prices_of']
 
 # %% ../nbs/04_client.ipynb #cell-03
-import asyncio, json, logging, os, time
+import asyncio, json, logging, os, signal, time
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any, Awaitable, Callable, Coroutine, Iterable
 from .config import OPENROUTER, PersonaVectorConfig
@@ -191,6 +192,17 @@ async def each(
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
 
+@contextmanager
+def _stopping(task):
+    "Ctrl-C cancels the task, in its own time: an exception thrown into the middle of a nested loop would leave the kernel hanging"
+    pressed = []
+    def stop(*_): pressed.append(True); task.get_loop().call_soon_threadsafe(task.cancel)
+    try: before = signal.signal(signal.SIGINT, stop)
+    except ValueError: before = None # not the main thread: Ctrl-C does not arrive here
+    try: yield pressed
+    finally:
+        if before is not None: signal.signal(signal.SIGINT, before)
+
 def run_async(
     coroutine:Coroutine, # What to run
 )->Any: # Its result
@@ -201,10 +213,11 @@ def run_async(
     nest_asyncio.apply()
     loop = asyncio.get_event_loop()
     task = loop.create_task(coroutine)
-    try: return loop.run_until_complete(task)
-    except BaseException:
-        task.cancel(); loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
-        raise
+    with _stopping(task) as pressed:
+        try: return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            if pressed: raise KeyboardInterrupt from None
+            raise
 
 # %% ../nbs/04_client.ipynb #cell-22
 async def prices_of(

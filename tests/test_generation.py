@@ -241,3 +241,31 @@ def test_stores_are_put_together(tmp_path):
         export_answers(a, tmp_path / "a.jsonl")
         assert import_answers(b, tmp_path / "a.jsonl") == 1 and {r.persona for r, _ in b.answered()} == {"sage", "fool"}
         with pytest.raises(ResponseError, match="no column"): list(b.rows(colour="red"))
+
+def test_a_notebook_can_be_interrupted_and_goes_on(tmp_path):
+    "In a real kernel, whose event loop is already running"
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    def run(code, after=None):
+        "What a cell prints, and the name of the error it ends with"
+        at, said, error = client.execute(code), [], None
+        if after: time.sleep(after); manager.interrupt_kernel()
+        while True:
+            message = client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") != at: continue
+            if message["msg_type"] == "stream": said.append(message["content"]["text"])
+            if message["msg_type"] == "error": error = message["content"]["ename"]
+            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle": return "".join(said), error
+    try:
+        with serving("--rate", 0, "--delay", .05) as url:
+            run(f"from persona_vectors import *\nimport openai, persona_vectors.generation\nconfig = PersonaVectorConfig(base_url={url!r}, openrouter_model='test/model', max_concurrent_requests=8)")
+            ask = "print(len(generate_answers({'sage': None}, [f'Question {i}?' for i in range(400)], config, 'answers.db', progress=False)))"
+            said, error = run(ask, after=1.)
+            assert error == "KeyboardInterrupt" and "of 400 answers are kept in answers.db; the same call asks only for the rest" in said
+            with ResponseStore(tmp_path / "answers.db") as store: kept = len(store)
+            assert 0 < kept < 400
+            time.sleep(.5)
+            with ResponseStore(tmp_path / "answers.db") as store: assert len(store) == kept  # nothing goes on behind the user's back
+            said, error = run(ask)
+            assert error is None and said.strip() == "400" and stats(url)["requests"] <= 400 + 8
+    finally: client.stop_channels(); manager.shutdown_kernel(now=True)
