@@ -16,6 +16,7 @@ _NAMES = dict(
     chat=('conversation', 'encode_chat', 'preview_chat'),
     answers=('Answer',),
     responses=('Request', 'Responses', 'ResponseStore', 'conversations_of', 'export_answers', 'import_answers', 'load_responses', 'responses_of', 'save_responses'),
+    statistics=('DirectionReport', 'direction_report'),
     judging=('ApiJudge', 'ClassifierJudge', 'Item', 'Rubric', 'Verdict', 'agreement', 'coherence_rubric', 'keep_pairs', 'role_rubric', 'tiny_judge', 'trait_rubric'),
     coherence=('perplexity', 'response_log_probs', 'same_source'),
     authoring=('create_persona', 'create_trait', 'save_trait'),

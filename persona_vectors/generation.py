@@ -352,7 +352,7 @@ def generate_answers(
     store:ResponseStore|str|Path|None=None, # Keeps every answer the moment it arrives; a path opens one; None keeps them in memory only
     samples:int=1, # Answers to each question
     backend:str='auto', # 'local', 'api', or 'auto': see `is_local`
-    again:Sequence[str]=(), # Statuses of stored answers that are asked for again, such as 'truncated' after raising nothing but the luck
+    again:Sequence[str]=(), # Statuses of stored answers that are asked for again, such as 'empty'
     dry_run:bool=False, # Ask nothing: print and return what would be asked and what it would cost
     progress:bool=True, # Show a progress bar
 )->Answered|Plan: # Requests with their answers, by persona, prompt, question, sample
