@@ -6,8 +6,8 @@
 __all__ = ['auc', 'weighted_auc', 'd_prime', 'LayerStatistics', 'reading', 'DirectionReport', 'direction_report']
 
 # %% ../nbs/09_statistics.ipynb #cell-03
-from dataclasses import dataclass, field
-from typing import Any, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Hashable, Sequence
 import numpy as np
 import torch
 from scipy.stats import norm, rankdata, t as student
