@@ -269,3 +269,13 @@ def test_a_notebook_can_be_interrupted_and_goes_on(tmp_path):
             said, error = run(ask)
             assert error is None and said.strip() == "400" and stats(url)["requests"] <= 400 + 8
     finally: client.stop_channels(); manager.shutdown_kernel(now=True)
+
+def test_a_pause_the_server_asks_for_is_kept(tmp_path):
+    "Not shorter, and not much longer; other requests wait too"
+    with serving("--rate", 1, "--faults", "429-later") as url, ResponseStore(tmp_path / "answers.db") as store:
+        generate_answers({"sage": None}, ["Warm up?"], config(url, max_attempts=1, max_failures=9), store, dry_run=True)
+        start = time.monotonic()
+        with pytest.raises(GenerationError, match=r"HTTP 429: slow down \(sent 3 times\)"):
+            generate_answers({"sage": None}, [f"{n}?" for n in range(6)], config(url, max_attempts=3, max_concurrent_requests=2), store, progress=False)
+        took = time.monotonic() - start
+    assert 6 / 2 * 2 * .2 <= took < 6 / 2 * 2 * .2 * 2 + 1, took  # three rounds of two requests, two pauses of .2 s each

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_vectors import (ActivationExtractor, EVAL_QUESTIONS, PERSONAS, PersonaVectorConfig, extract_persona_vectors,
+from persona_vectors import (ActivationExtractor, EVAL_QUESTIONS, PERSONAS, PersonaVectorConfig, direction_report, extract_persona_vectors,
                              generate_responses, load_persona_vectors, load_responses, save_persona_vectors, save_responses)
 
 FIXTURES = Path(__file__).resolve().parent.parent / "data/test_fixtures"
@@ -72,3 +72,12 @@ def test_the_interface_word_for_word(tmp_path):
     for suffix in ("pt", "npz", "safetensors"):
         save_persona_vectors(vectors, tmp_path / f"v.{suffix}")
         assert all(torch.equal(v, vectors[k]) for k, v in load_persona_vectors(tmp_path / f"v.{suffix}").items())
+
+def test_a_persona_is_told_from_others_and_not_by_its_words_alone(extractor, responses):
+    "The report finds a real persona; with word for word the same answers it finds it where the system prompt has been read, and not before"
+    others = ["default", "analyst", "trader", "cynic", "bard", "oracle"]
+    def read(people, said): return extractor.extract_activations([PERSONAS[p] for p in people for _ in EVAL_QUESTIONS], list(EVAL_QUESTIONS) * len(people), [said(p, q) for p in people for q in EVAL_QUESTIONS], layer="all", progress=False)
+    def report(said): return direction_report(read(["ghost"], said), read(others, said), EVAL_QUESTIONS, list(EVAL_QUESTIONS) * len(others), bootstrap=300, permutations=200)
+    own, same = report(lambda p, q: responses[p, q]), report(lambda p, q: responses["default", q])
+    assert own.best.interval[0] > .95 and own.best.auc > own.best.noise and own.best.p < .01
+    assert same.layers[0].auc < .7 < .95 < same.layers[3].auc and same.layers[3].p < .01
