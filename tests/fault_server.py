@@ -26,6 +26,8 @@ def text_of(body):
     "What is answered to a request: a number to a judge's question, a sentence to any other"
     if body["model"] == "author": return draft_of(body["messages"][-1]["content"])
     key = key_of({k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")})
+    if body["model"] == "judge-refuses": return "I'm sorry, I can't help with that."
+    if body["model"] == "judge-talks": return "Well, that depends."
     return str(int(key[:8], 16) % 101) if "judge" in body["model"] else f"An answer, number {key[:12]}, to: {body['messages'][-1]['content']}"
 
 def fault_of(seed, rate, faults, body, n):
@@ -74,7 +76,8 @@ class Server:
         logprobs = None
         if body.get("logprobs") and fault != "no-logprobs" and not self.a.no_logprobs:
             top = [(text, .6), (str(min(100, int(text) + 1)) if text.isdigit() else "x", .3), ("the", .1)]
-            logprobs = dict(content=[dict(token=text, bytes=None, logprob=math.log(.6), top_logprobs=[dict(token=t, bytes=None, logprob=math.log(p)) for t, p in top])])
+            if body["model"] == "judge-digits": top = [(text[0], .9), ("the", .1)]  # a tokenizer that writes numbers digit by digit
+            logprobs = dict(content=[dict(token=top[0][0], bytes=None, logprob=math.log(top[0][1]), top_logprobs=[dict(token=t, bytes=None, logprob=math.log(p)) for t, p in top])])
         said = dict(id="chatcmpl-1", object="chat.completion", created=0, model="another/small-model" if fault == "other-model" else body["model"], provider="Testing",
                     choices=[] if fault == "no-choices" else [dict(index=0, message=message, finish_reason="length" if fault == "length" else "stop", logprobs=logprobs)],
                     usage=dict(prompt_tokens=11, completion_tokens=7, total_tokens=18, cost=.000025))

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fault_server
-from persona_vectors import GenerationError, PersonaVectorConfig, Request, ResponseStore, generate_answers
+from persona_vectors import ApiJudge, GenerationError, Item, PersonaVectorConfig, Request, ResponseStore, coherence_rubric, generate_answers
 from persona_vectors.answers import Answer
 from persona_vectors.client import ApiClient
 from persona_vectors.responses import ResponseError, import_answers, export_answers
@@ -279,3 +279,17 @@ def test_a_pause_the_server_asks_for_is_kept(tmp_path):
             generate_answers({"sage": None}, [f"{n}?" for n in range(6)], config(url, max_attempts=3, max_concurrent_requests=2), store, progress=False)
         took = time.monotonic() - start
     assert 6 / 2 * 2 * .2 <= took < 6 / 2 * 2 * .2 * 2 + 1, took  # three rounds of two requests, two pauses of .2 s each
+
+@pytest.mark.parametrize("model, status, how", [("judge", "ok", "logprobs"), ("judge-digits", "ok", "samples"), ("judge-refuses", "refused", None), ("judge-talks", "unparsed", "samples")])
+def test_judges_that_count_write_digits_refuse_and_talk(tmp_path, model, status, how):
+    with serving("--rate", .2, "--faults", "503", "cut") as url, ResponseStore(tmp_path / "judge.db") as store:
+        judge = ApiJudge(config(url, openrouter_model=model), store, samples=3, progress=False)
+        items = [Item(coherence_rubric(), "What is truth?", f"Truth number {n}.") for n in range(9)]
+        verdicts = judge.score(items)
+        requests = stats(url)["requests"]
+        assert judge.score(items) == verdicts and stats(url)["requests"] == requests  # kept, not asked again
+    digit = [v for v in verdicts if model == "judge-digits" and v.how == "logprobs"]  # a score of one digit is a whole number
+    assert {v.status for v in verdicts} == {status} and (how is None or {v.how for v in verdicts if v not in digit} == {how}) and len(digit) < 5 and all(v.score < 10 for v in digit)
+    for v in verdicts:
+        if model == "judge": said = int(v.said); assert v.score == pytest.approx(100. if said == 100 else (said * .6 + (said + 1) * .3) / .9)
+        if model == "judge-digits" and v not in digit: assert v.score == pytest.approx(sum(map(int, v.said.split(" | "))) / 3)  # the whole number, not its first digit
