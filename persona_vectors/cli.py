@@ -49,9 +49,9 @@ def _print_demo(demo, out:Console):
     for p in _SHOWN: answers.add_row(f'[bold cyan]{p}[/]', escape(demo.responses[p, EVAL_QUESTIONS[0]]))
     out.print(answers)
     out.print(f'\n[bold]Their vectors at layer {demo.layer}[/]: the mean residual stream over each answer\'s tokens; cosines after the common mean is subtracted.\n'
-              '[dim]in role: answers that the judge hears as this persona\'s; the others are left out. reliability: cosine between the vectors of two halves of the questions. The four defaults are one assistant in four wordings.[/]\n')
-    table = Table(box=None, pad_edge=False, header_style='bold')
-    for column,justify in (('persona', 'left'), ('in role', 'right'), ('nearest', 'left'), ('cosine', 'right'), ('farthest', 'left'), ('cosine', 'right'), ('reliability', 'right')): table.add_column(column, justify=justify)
+              '[dim]role: answers that the judge hears as this persona\'s; the others are left out. reliability: cosine between the vectors of two halves of the questions. The four defaults are one assistant in four wordings.[/]\n')
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style='bold') # 79 columns
+    for column,justify in (('persona', 'left'), ('role', 'right'), ('nearest', 'left'), ('cosine', 'right'), ('farthest', 'left'), ('cosine', 'right'), ('reliability', 'right')): table.add_column(column, justify=justify)
     for r in demo.neighbors: table.add_row(f"[cyan]{r['persona']}[/]", f"{demo.in_role[r['persona']]:.0%}", r['nearest'], f"{r['cosine_nearest']:.2f}", r['farthest'], f"{r['cosine_farthest']:.2f}", f"{demo.reliability[r['persona']]:.2f}")
     out.print(table)
     out.print(f'\n[bold]Steering[/]: no system prompt, c times ({demo.steered_to} - default) added at layer {demo.layer}. [dim]"{escape(demo.steering_question)}"[/]\n')
