@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'STOPPING', 'LONGEST_PAUSE', 'request_parameters', 'RequestFailed', 'RunStopped', 'ApiClient',
-           'estimate_tokens', 'each', 'run_async', 'prices_of']
+           'estimate_tokens', 'longest_answer', 'each', 'run_async', 'prices_of']
 
 # %% ../nbs/04_client.ipynb #cell-03
 import asyncio, json, logging, os, signal, time
@@ -113,7 +113,7 @@ class ApiClient:
         "Wait until the limits allow another request"
         while (pause := self.quiet_until - time.monotonic()) > 0: await asyncio.sleep(pause)
         if self.requests: await self.requests.acquire()
-        if self.tokens: await self.tokens.acquire(min(estimate_tokens(messages) + (parameters.get('max_tokens') or 0), self.tokens.max_rate))
+        if self.tokens: await self.tokens.acquire(min(estimate_tokens(messages) + longest_answer(parameters), self.tokens.max_rate))
 
     async def _send(self, messages, parameters, model):
         "One attempt"
@@ -174,6 +174,12 @@ def estimate_tokens(
 )->int: # Tokens, roughly
     "About four characters a token, and four tokens around each message"
     return sum(len(m['content'])//4 + 5 for m in messages)
+
+def longest_answer(
+    parameters:dict, # Of a request
+)->int: # Tokens; 0 when there is no limit
+    "How long an answer may be, under either of its names"
+    return parameters.get('max_tokens') or parameters.get('max_completion_tokens') or 0
 
 # %% ../nbs/04_client.ipynb #cell-18
 async def each(

@@ -23,7 +23,7 @@ from .config import PersonaVectorConfig
 from .models import PERSONA_TINY, fingerprint, is_path, load_model
 from .answers import Answer, answer_of, left_out_line, require_statuses
 from .chat import Messages, chat_prompt
-from .client import ApiClient, RequestFailed, RunStopped, each, estimate_tokens, prices_of, request_parameters, run_async
+from .client import ApiClient, RequestFailed, RunStopped, each, estimate_tokens, longest_answer, prices_of, request_parameters, run_async
 from .responses import Answered, Request, Responses, ResponseStore, load_responses, require_json, responses_of, save_responses
 
 # %% ../nbs/05_generation.ipynb #cell-06
@@ -271,14 +271,14 @@ def plan(
 )->Plan: # Its `str` is for people
     "Count before anything is asked"
     todo = _missing(requests, store, again)
-    longest = sum(next((v for k,v in r.parameters.items() if k.startswith('max_')), 0) for r in todo)
-    return Plan(len(todo), len(requests) - len(todo), sum(estimate_tokens(r.messages) for r in todo), longest, None if local else run_async(prices_of(config)), local)
+    longest = sum(longest_answer(r.parameters) for r in todo)
+    return Plan(len(todo), len({r.key for r in requests}) - len(todo), sum(estimate_tokens(r.messages) for r in todo), longest, None if local else run_async(prices_of(config)), local)
 
 def _missing(requests, store, again):
-    "Requests whose answer is not there, or not one to keep"
+    "Requests whose answer is not there, or not one to keep; what is asked for twice is asked once"
     again = require_statuses(again)
     def lacks(r): found = store.get(r); return found is None or found.status in again
-    return [r for r in requests if lacks(r)]
+    return [r for r in {r.key:r for r in requests}.values() if lacks(r)]
 
 # %% ../nbs/05_generation.ipynb #cell-25
 class GenerationError(RuntimeError):

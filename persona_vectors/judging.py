@@ -186,8 +186,7 @@ class ApiJudge:
         config = self.config
         base = {**request_parameters(config), **parameters, 'seed': config.seed}
         requests = [[Request(f'judge of {i.rubric.name}', i.rubric.ask(i.question, i.answer), None, k, config.api_model, config.base_url, base, 'judgement') for k in range(samples)] for i in items]
-        unique = list({r.key:r for row in requests for r in row}.values())
-        try: answer_requests(unique, config, self.store, local=False, progress=self.progress, what='judgements')
+        try: answer_requests([r for row in requests for r in row], config, self.store, local=False, progress=self.progress, what='judgements')
         except GenerationError as e:
             if not e.answered: raise
             logger.warning('%s', str(e).splitlines()[0])

@@ -29,7 +29,7 @@ class Request:
     model:str='' # Model asked for
     endpoint:str='' # Address of the API, or the fingerprint of local weights
     parameters:dict = field(default_factory=dict) # Sampling and everything else that is sent
-    kind:str='response' # 'response' or 'judgement'
+    kind:str='response' # 'response', 'judgement' or 'authoring'
 
     @property
     def messages(self)->Messages: return conversation(self.question, self.prompt)
