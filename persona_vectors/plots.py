@@ -57,7 +57,7 @@ def plot_cosine_matrix(
         same = [(a, b) for a in names for b in names if a != b and report.cosines[(k := (report.names.index(a), report.names.index(b)))] > 0 and report.high[k] >= report.ceiling[k]]
         fig.add_scatter(x=[a for a,_ in same], y=[b for _,b in same], mode='markers', marker=dict(symbol='circle-open', size=9, color=INK, line=dict(width=1.5)), hoverinfo='skip', showlegend=False)
         subtitle = f'{"centred" if report.centered else "raw"} cosines over {report.n_questions} questions; diagonal: reliability; <b>o</b>: at the noise ceiling, cannot be told apart'
-    fig.update_layout(**_layout(title, subtitle, width=side + 60, height=side, margin=dict(l=125, t=75, r=20, b=105)))
+    fig.update_layout(**_layout(title, subtitle, width=max(side + 60, 620), height=side, margin=dict(l=125, t=75, r=20, b=105)))
     fig.update_xaxes(tickangle=-50, ticks='', showgrid=False, type='category', range=[-.5, len(names) - .5]); fig.update_yaxes(autorange='reversed', ticks='', showgrid=False, scaleanchor='x', type='category')
     return fig
 
