@@ -162,6 +162,12 @@ class EncodedChat:
         "Where the last turn is"
         return self.spans[-1]
 
+    def begins(self,
+        turn:int=-1, # Which assistant turn
+    )->int: # Tokens before what the turn says, thinking included
+        "How long the prompt of a turn is"
+        return min(k for positions in self.parts[turn].values() for k in positions)
+
     def positions(self,
         include:Sequence[str]=SPOKEN, # Which of `SEGMENTS`
         turn:int=-1, # Which assistant turn

@@ -24,7 +24,8 @@ from .judging import reject, tiny_judge
 from .models import PERSONA_TINY, load_model
 from .plots import plot_cosine_matrix, plot_pca, plot_split_half, save_figure
 from .responses import Responses, save_responses
-from .steering import Add, steer
+from .interventions import Add
+from .steering import steer
 from .vectors import PersonaVectors, persona_activations
 
 # %% ../nbs/16_demo.ipynb #cell-05

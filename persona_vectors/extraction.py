@@ -36,7 +36,7 @@ def token_positions(
     "Token positions that are averaged"
     if where not in WHERE: raise ValueError(f'where={where!r}: must be one of {", ".join(WHERE)}')
     if where in ('response', 'last_response'): said = chat.positions(include, turn); return said if where == 'response' else said[-1:]
-    first = min(k for positions in chat.parts[turn].values() for k in positions)
+    first = chat.begins(turn)
     if not first: raise ValueError('the response has no prompt before it')
     return list(range(first)) if where == 'prompt' else [first - 1]
 
@@ -133,7 +133,7 @@ class ActivationExtractor:
         for at in range(0, len(conversations), PIECE):
             chats = [self.encode(c) for c in conversations[at:at + PIECE]]
             self.metadata['folded'] += sum(c.folded for c in chats)
-            rows = [Row.of(c.ids, token_positions(c, where, include)) for c in chats]
+            rows = [Row.of(c.ids, token_positions(c, where, include), c.begins()) for c in chats]
             for batch,values in reader(rows):
                 self._check_finite(values, layers, [conversations[at + i] for i in batch])
                 if bar is not None: bar.read(len(batch), sum(len(rows[i].ids) for i in batch))
@@ -146,7 +146,7 @@ class ActivationExtractor:
     )->Tensor: # (n_turns, n_layers, d_model), float32, on CPU
         "The mean over each assistant turn of one conversation"
         layers, chat = self.layers(layer), self.encode(messages)
-        rows = [Row.of(chat.ids, chat.positions(include, turn)) for turn in range(len(chat.spans))]
+        rows = [Row.of(chat.ids, chat.positions(include, turn), chat.begins(turn)) for turn in range(len(chat.spans))]
         found = sorted((i, x) for batch,values in Reader(self.model, layers, self.config.token_budget, False)(rows) for i,x in zip(batch, values))
         return torch.stack([x for _,x in found])
 

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from .config import PersonaVectorConfig
 from .models import PERSONA_TINY, fingerprint, is_path, load_model
+from .passes import prompt_lengths
 from .answers import Answer, answer_of, left_out_line, require_statuses
 from .chat import Messages, chat_prompt
 from .client import ApiClient, RequestFailed, RunStopped, each, estimate_tokens, longest_answer, prices_of, request_parameters, run_async
@@ -89,17 +90,17 @@ def _sampling(prompts, width, max_tokens, temperature, top_p, seeds):
     return dict(plain, logits_processor=[rows]), rows
 
 @torch.inference_mode()
-def _continue(model, tokenizer, prompts, max_tokens, temperature, top_p, seeds, stop, watch):
+def _continue(model, tokenizer, prompts, max_tokens, temperature, top_p, seeds, stop, batch):
     "(len(prompts), at most max_tokens) ids that continue one batch, padded on the right"
     pad, ends, width = _pad_id(tokenizer), torch.tensor(sorted(stop_ids(model, tokenizer)), device=model.device), max(map(len, prompts))
     ids = torch.tensor([[pad]*(width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts], device=model.device)
     sampling, drawing = _sampling(prompts, width, max_tokens, temperature, top_p, seeds)
     leaving = dict(past_key_values=DynamicCache(config=model.config), use_cache=True) if _has_rows(model) else {}
-    out, rows, done = torch.full((len(prompts), max_tokens), pad, device=model.device), torch.arange(len(prompts)), 0
+    out, rows, done = torch.full((len(prompts), max_tokens), pad, device=model.device), batch.rows, 0
     while done < max_tokens and len(rows):
         if drawing: drawing.rows = rows
-        if watch: watch(rows)
+        batch.rows = rows
         ids = model.generate(ids, attention_mask=mask, max_new_tokens=min(STRIDE, max_tokens - done) if leaving else max_tokens, pad_token_id=pad, **leaving, **sampling)
         new = ids[:, width + done:]
         out[rows.to(out.device), done:done + new.shape[1]] = new
@@ -132,12 +133,13 @@ def iter_batches(
     seed:int=0, # Another seed, other responses
     samples:Sequence[int]|None=None, # Which answer to its prompt each one is; None counts equal prompts
     stop:Sequence[str]=(), # A row ends after any of these strings
-    watch:Callable[[Tensor], None]|None=None, # Called with the rows of the batch that go on, before they do
 )->Iterator[tuple[list[int], Tensor]]: # (indices into `prompts`, (len(indices), new tokens) ids)
     "Continuations, batch by batch; the global random state stays as it is"
     if samples is None: samples = _occurrences(prompts)
     for batch in _batches(prompts, batch_size):
-        yield batch, _continue(model, tokenizer, [prompts[i] for i in batch], max_tokens, temperature, top_p, [row_seed(seed, prompts[i], samples[i]) for i in batch], stop, watch)
+        some, seeds = [prompts[i] for i in batch], [row_seed(seed, prompts[i], samples[i]) for i in batch]
+        with prompt_lengths(model, [len(p) for p in some], batch, len(prompts)) as told: ids = _continue(model, tokenizer, some, max_tokens, temperature, top_p, seeds, stop, told)
+        yield batch, ids
 
 def response_texts(
     tokenizer:Any, # Tokenizer of the model that made them

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .models import blocks, d_model
+from .passes import batch_of
 from .chat import SPOKEN, Messages, chat_prompt
 from .generation import iter_batches, response_texts, sampling_of, stop_ids
 from .extraction import ActivationExtractor, token_positions
@@ -30,17 +31,13 @@ class _Listener:
         if i not in self.inked: self.inked[i] = bool(self.tokenizer.decode([i]).strip())
         return self.inked[i]
 
-    def follow(self, rows):
-        "Called when rows have left the batch: those that go on"
-        self.rows = rows
-
     def fed(self, model, args, kwargs):
         "Called before each pass: which of its tokens count?"
         ids = kwargs['input_ids']
         if ids.shape[1] > 1: # a prompt
             self.ink, self.done, self.fed_tokens, self.lengths, self.sums, self.blanks, self.waits = None, [False]*len(ids), 0, [0]*len(ids), {}, {}, set()
             return
-        self.fed_tokens += 1
+        self.fed_tokens += 1; self.rows = batch_of(model).rows # without those that have left
         ink, blank = [], []
         for r,i in zip(self.rows.tolist(), ids[:, 0].tolist()):
             self.done[r] |= i in self.stop
@@ -94,7 +91,7 @@ def iter_generate_and_extract(
     prompts = [chat_prompt(tokenizer, c) for c in conversations]
     again, extractor.metadata = [], {**extractor.settings(layers, include), 'examples': len(conversations), 'read_again': 0}
     with _listening(model, tokenizer, layers) as listener:
-        for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, watch=listener.follow, **sampling):
+        for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling):
             ids = ids[:, :most]
             values, lengths = listener.means()
             for i,row,text,x,n in zip(batch, ids.tolist(), response_texts(tokenizer, ids, sampling['stop']), values, lengths):

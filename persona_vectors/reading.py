@@ -18,6 +18,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
 from .models import blocks
+from .passes import prompt_lengths
 
 # %% ../nbs/06_reading.ipynb #cell-07
 class _Stop(Exception): "Raised by the last hook: the rest of the pass is not needed"
@@ -52,15 +53,17 @@ class Row:
     "A conversation as a model reads it"
     ids:list[int] # Token ids, up to the last one that is averaged
     at:list[int] # Positions that are averaged, sorted, not empty
+    prompt:int|None=None # Tokens before the response, for a model whose responses are steered; None means all of `ids`
 
     @classmethod
     def of(cls,
         ids:Sequence[int], # Token ids
         at:Sequence[int], # Positions that are averaged
+        prompt:int|None=None, # Tokens before the response
     )->'Row': # Without the tokens that nobody needs
         "Cut after the last averaged position"
         if not at: raise ValueError('no positions to average')
-        return cls(list(ids[:at[-1] + 1]), list(at))
+        return cls(list(ids[:at[-1] + 1]), list(at), prompt)
 
 # %% ../nbs/06_reading.ipynb #cell-16
 def _common(a, b):
@@ -188,7 +191,7 @@ class Reader:
     def _plain(self, rows):
         "(len(rows), n_layers, d_model) of whole rows, padded on the right"
         ids, _ = _padded([r.ids for r in rows])
-        return self._run(_weights([r.at for r in rows], ids.shape[1]), input_ids=ids, use_cache=False)
+        with prompt_lengths(self.model, [len(r.ids) if r.prompt is None else r.prompt for r in rows]): return self._run(_weights([r.at for r in rows], ids.shape[1]), input_ids=ids, use_cache=False)
 
     @torch.inference_mode()
     def _prefixes(self, prefixes):
@@ -217,7 +220,7 @@ class Reader:
     def _check_causal(self, rows):
         "Refuse a model whose activations depend on what comes later"
         row = min(rows, key=lambda r: len(r.ids))
-        alone, followed = self._plain([row]), self._plain([Row(row.ids + row.ids[-4:], row.at)])
+        alone, followed = self._plain([row]), self._plain([Row(row.ids + row.ids[-4:], row.at, row.prompt)])
         if _gap(followed, alone) > _rounding(self.model, 1e-3, .2): raise ValueError(f'{type(self.model).__name__} looks ahead: four more tokens change the activations before them by {_gap(followed, alone):.0%}; a causal language model is needed')
 
     def _sharing_works(self, rows, groups):

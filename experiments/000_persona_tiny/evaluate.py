@@ -29,7 +29,8 @@ from persona_vectors.config import PersonaVectorConfig
 from persona_vectors.extraction import ActivationExtractor
 from persona_vectors.generation import generate_local
 from persona_vectors.models import fingerprint, load_model
-from persona_vectors.steering import Add, Clamp, steer
+from persona_vectors.interventions import Add, Clamp
+from persona_vectors.steering import steer
 
 STEERED = ("sage", "ghost", "jester", "trader", "oracle", "rebel", "explorer", "guardian", "bard", "mystic", "analyst", "neuroticism_high", "cynic", "naive")  # named before any was measured
 DOSES = (0, .5, 1, 1.5, 2, 2.5)
