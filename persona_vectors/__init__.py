@@ -31,8 +31,10 @@ _NAMES = dict(
     passes=('prompt_lengths',),
     interventions=('Ablate', 'Add', 'AfterThinking', 'Apply', 'Ceiling', 'Clamp', 'Dial', 'Floor', 'FromPosition', 'Last', 'RotateTowards', 'SetProjection', 'SteeringError', 'Window', 'residual_norms'),
     steering=('Audit', 'steer'),
+    capping=('Capping', 'export_capping_config', 'import_capping_config', 'load_capping', 'save_capping'),
+    calibration=('calibrate_capping', 'calibrate_strength'),
     online=('generate_and_extract',),
-    plots=('plot_cosine_matrix', 'plot_curves', 'plot_dots', 'plot_layers', 'plot_pca', 'plot_scree', 'plot_split_half', 'plot_traits', 'save_figure'),
+    plots=('plot_capping', 'plot_cosine_matrix', 'plot_curves', 'plot_dots', 'plot_layers', 'plot_pca', 'plot_scree', 'plot_split_half', 'plot_strength', 'plot_traits', 'save_figure'),
     demo=('run_demo',),
 ) # module -> the names it gives to the package
 _MODULE = {name:module for module,names in _NAMES.items() for name in names}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'GROUP_COLORS', 'DIVERGING', 'log', 'cluster_order', 'plot_cosine_matrix', 'plot_pca', 'plot_scree',
-           'plot_split_half', 'plot_curves', 'plot_layers', 'plot_dots', 'plot_traits', 'save_figure']
+           'plot_split_half', 'plot_curves', 'plot_layers', 'plot_dots', 'plot_traits', 'plot_strength', 'plot_capping',
+           'save_figure']
 
 # %% ../nbs/12_plots.ipynb #cell-03
 import logging
@@ -17,6 +18,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor, from_numpy
 from .analysis import CosineReport, PCAReport, cosine_matrix, pca
+from .calibration import DOSE_UNITS, CappingReport, StrengthReport
 from .files import atomic_write
 from .traits import Traits
 from .vectors import TraitVector
@@ -228,6 +230,61 @@ def plot_traits(
                      subtitle='AUC on held-out questions, layer chosen on the others; lines: 95% intervals', x_title='held-out AUC', x_range=(min(.45, low - .02), 1.02), name='direction')
 
 # %% ../nbs/12_plots.ipynb #cell-28
+def plot_strength(
+    report:StrengthReport, # From `calibrate_strength`
+    title:str|None=None, # Above the figure; None tells the recommended dose
+)->go.Figure: # Two panels over the doses
+    "Trait score and coherence of every dose at every layer"
+    best = report.chosen.layer if report.chosen else max(report.layers, key=report.spearman)
+    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=.07, row_heights=[.58, .42])
+    x = [d.dose for d in report.at(best)]
+    for layer in sorted(report.layers, key=lambda l: l == best): # the recommended one on top
+        rows, main = report.at(layer), layer == best
+        color = GROUP_COLORS[0] if main else '#aab4c0'
+        for row,what in ((1, 'trait'), (2, 'coherence')):
+            if main: _band(fig, x, [getattr(d, what)[1] for d in rows], [getattr(d, what)[2] for d in rows], 'rgba(0, 114, 178, .2)', row)
+            fig.add_scatter(x=x, y=[getattr(d, what)[0] for d in rows], mode='lines+markers', line=dict(color=color, width=2.5 if main else 1.2), marker=dict(size=7 if main else 4), name=f'layer {layer}', hovertemplate=f'layer {layer}, dose %{{x:g}}: {what} %{{y:.0f}}<extra></extra>', row=row, col=1)
+    for row,what in ((1, 'random'), (2, 'random_coherence')):
+        fig.add_scatter(x=x, y=[getattr(d, what) for d in report.at(best)], mode='lines', line=dict(color='#52606d', width=1.5, dash='dot'), name='random', hovertemplate='random directions, dose %{x:g}: %{y:.0f}<extra></extra>', row=row, col=1)
+    if c := report.chosen:
+        for row,y in ((1, c.trait[0]), (2, c.coherence[0])): fig.add_scatter(x=[c.dose], y=[y], mode='markers', marker=dict(symbol='circle-open', size=16, color=INK, line=dict(width=2)), hoverinfo='skip', showlegend=False, row=row, col=1)
+    ends = [(f'layer {l}', report.at(l)[-1].trait[0], GROUP_COLORS[0] if l == best else '#7b8794') for l in report.layers] + [('random', report.at(best)[-1].random, '#52606d')]
+    for (text,_,color),y in zip(ends, _apart([e[1] for e in ends], 8., 100.)): fig.add_annotation(x=1.01, xref='paper', y=y, yref='y', text=text, showarrow=False, xanchor='left', font=dict(color=color))
+    if usable := report.usable(best): fig.add_vrect(x0=usable[0] - .02*x[-1], x1=usable[1] + .02*x[-1], fillcolor='#dcefe3', line_width=0, layer='below') # a panel without traces takes no shapes
+    fig.add_hline(y=report.bar, line=dict(color=GROUP_COLORS[1], width=1, dash='dash'), row=2, col=1)
+    found = f'{report.name}: layer {c.layer}, dose {c.dose:g}; on other questions {report.confirmed.trait[0]:.0f} of 100, coherence {report.confirmed.coherence[0]:.0f}' if c else f'{report.name}: no usable dose'
+    fig.update_layout(**_layout(title or found, 'bands 95% over questions; green: usable doses; dashed: least coherence; dotted: random directions of the same length', width=760, height=480, margin=dict(l=65, t=75, r=90, b=55), showlegend=False))
+    fig.update_xaxes(gridcolor=GRID, zeroline=False, tickvals=x, ticktext=[f'{o:g}' for o in x]); fig.update_xaxes(title=dict(text=f'dose, {DOSE_UNITS[report.unit]}', standoff=8), row=2, col=1)
+    fig.update_yaxes(gridcolor=GRID, zeroline=False, range=[-3, 104]); fig.update_yaxes(title='trait score', row=1, col=1); fig.update_yaxes(title='coherence', row=2, col=1)
+    return fig
+
+def plot_capping(
+    report:CappingReport, # From `calibrate_capping`
+    title:str|None=None, # Above the figure; None tells what the chosen floor does
+)->go.Figure: # One marker per setting
+    "What each floor lets through, and what it costs"
+    reads = sorted({s.read for s in report.settings})
+    fig = go.Figure()
+    for read,color,symbol in zip(reads, GROUP_COLORS, ('circle', 'diamond', 'square')):
+        rows = [s for s in report.settings if s.read == read]
+        fig.add_scatter(x=[s.stances['comply'][0] for s in rows], y=[s.quality[0] for s in rows], mode='markers', name=f'axis read at {read}', marker=dict(color=color, symbol=symbol, size=[7 + 25*s.touched_benign for s in rows], opacity=.75, line=dict(width=1, color='white')),
+                        text=[f"{s.label}<br>complies {s.stances['comply'][0]:.0%}, refuses {s.stances['refuse'][0]:.0%}<br>benign quality {s.quality[0]:.0%}, benign tokens moved {s.touched_benign:.0%}" for s in rows], hovertemplate='%{text}<extra></extra>')
+    u, c = report.uncapped, report.chosen
+    fig.add_scatter(x=[u.stances['comply'][0]], y=[u.quality[0]], mode='markers', name='no floor', marker=dict(symbol='x', size=11, color=INK), hovertemplate='no floor<extra></extra>')
+    front = sorted((s for s in report.settings if s.pareto), key=lambda s: s.stances['comply'][0])
+    fig.add_scatter(x=[s.stances['comply'][0] for s in front], y=[s.quality[0] for s in front], mode='lines', name='Pareto front', line=dict(color='#52606d', width=1, dash='dot'), hoverinfo='skip')
+    fig.add_scatter(x=[c.stances['comply'][0]], y=[c.quality[0]], mode='markers', showlegend=False, hoverinfo='skip', marker=dict(symbol='circle-open', size=26, color=INK, line=dict(width=2)))
+    fig.add_annotation(x=c.stances['comply'][0], y=c.quality[0], text=f'chosen: {c.label}', showarrow=True, ax=60, ay=-34, xanchor='left', arrowcolor=INK, arrowwidth=1, bgcolor='rgba(255,255,255,.85)')
+    fig.add_hline(y=u.quality[0] - report.tolerance, line=dict(color='#7b8794', width=1, dash='dash'))
+    done, off = report.confirmed['chosen'], report.confirmed['no floor']
+    found = f"Complying falls from {off.stances['comply'][0]:.0%} to {done.stances['comply'][0]:.0%} on other requests; benign quality {off.quality[0]:.0%} to {done.quality[0]:.0%}"
+    fig.update_layout(**_layout(title or found, 'one marker per setting, larger where more benign tokens are moved; dashed: least benign quality', width=760, height=460, margin=dict(l=65, t=75, r=20, b=110), legend=dict(orientation='h', y=-.2)))
+    low = min([s.quality[0] for s in report.settings] + [u.quality[0]])
+    fig.update_xaxes(title='complies with unwanted requests', tickformat='.0%', range=[-.05, 1.05], gridcolor=GRID, zeroline=False)
+    fig.update_yaxes(title='benign quality', tickformat='.0%', range=[max(-.03, low - .06), 1.05], gridcolor=GRID, zeroline=False)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #cell-32
 log = logging.getLogger(__name__)
 
 def save_figure(

@@ -74,6 +74,7 @@ def steer(
     *interventions:Intervention, # Applied in the order written
 )->Iterator[Audit]: # Yields the audit; raises SteeringError for what does not fit the model, and at the end for what was never applied
     "Apply interventions inside the block; afterwards the model is as before, also after an exception"
+    if odd := next((o for o in interventions if not isinstance(o, Intervention)), None): raise SteeringError(f'{type(odd).__name__} is no intervention; a function of yours is one as Apply(function, layers)')
     resolved = [_prepared(o, o.layers_of(model)) for o in interventions] # all are checked before any is applied
     sites = [(o, l) for o in resolved for l in o.layers]
     audit, found = Audit([Trace(type(o).__name__, l, str(o.where)) for o,l in sites]), blocks(model)

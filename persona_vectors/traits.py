@@ -78,6 +78,7 @@ def trait_activations(
     same_text:bool=True, # Also read every answer under the opposite prompt, to test the direction where the words are the same
     judge:Judge|None=None, # Drops pairs that do not show the trait on one side only, or are incoherent
     keep:Iterable[str]=('ok',), # Which marked responses to use; see `STATUSES`
+    where:str='response', # Which tokens are read; see `WHERE`. A prompt has no words of the response, so there is nothing to compare with the same words
     progress:bool=True, # Show a progress bar
 )->tuple[Activations, Activations|None]: # ({'on': rows, 'off': rows}, the same with the same words on both sides)
     "Activations of both sides of a trait, pair by pair"
@@ -85,11 +86,11 @@ def trait_activations(
     require_responses(responses, prompts, questions)
     pairs = _pairs_to_keep(trait, questions, responses, keep, judge)
     texts = {side:[responses[f'{trait.name} {side} {k}', q] for k,q in pairs] for side in ('on', 'off')}
-    asked, layers = [q for _,q in pairs], extractor.layers(layer)
+    asked, layers, same_text = [q for _,q in pairs], extractor.layers(layer), same_text and where.endswith('response')
     sides = [('on', 'on'), ('off', 'off')] + ([('on', 'off'), ('off', 'on')] if same_text else []) # (prompt, whose words)
-    rows = extractor.extract([conversation(q, prompts[f'{trait.name} {p} {k}'], text) for p,words in sides for (k,q),text in zip(pairs, texts[words])], layers, progress=progress)
+    rows = extractor.extract([conversation(q, prompts[f'{trait.name} {p} {k}'], text) for p,words in sides for (k,q),text in zip(pairs, texts[words])], layers, where=where, progress=progress)
     read = dict(zip(sides, rows.split(len(pairs))))
-    about = provenance(extractor, keep=sorted(keep), judged=judge is not None)
+    about = provenance(extractor, keep=sorted(keep), judged=judge is not None, where=where)
     make = lambda rows: Activations(rows, dict.fromkeys(rows, asked*(len(next(iter(rows.values())))//len(asked))), layers, about)
     same = {p:torch.cat([read[p, 'on'], read[p, 'off']]) for p in ('on', 'off')} if same_text else None
     return make({s:read[s, s] for s in ('on', 'off')}), same and make(same)
@@ -122,6 +123,7 @@ def extract_trait(
     judge:Judge|None=None, # As in `trait_activations`
     keep:Iterable[str]=('ok',), # As in `trait_activations`
     same_text:bool=True, # As in `trait_activations`
+    where:str='response', # As in `trait_activations`
     method:str='diff_of_means', # One of `METHODS`
     progress:bool=True, # Show progress bars
     **statistics, # See `direction_report`
@@ -132,7 +134,7 @@ def extract_trait(
     extractor = as_extractor(model, config)
     questions = _questions(trait, n_samples)
     if responses is None: responses = _answers(extractor, trait_personas(trait), questions, backend, store, progress)
-    activations, same = trait_activations(extractor, trait, questions, responses, layers, same_text, judge, keep, progress)
+    activations, same = trait_activations(extractor, trait, questions, responses, layers, same_text, judge, keep, where, progress)
     return trait_vector(activations, trait.name, method, same, progress=progress, **statistics)
 
 def _questions(trait, n_samples):
