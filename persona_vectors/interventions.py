@@ -150,12 +150,16 @@ class Intervention:
     where:Scope
     strength_name = 'strength' # Field that is multiplied by the weight of a token
 
-    def move(self, h:Tensor, v:Tensor, layer:int|None, k:float|Tensor)->Tensor: raise NotImplementedError # (batch, seq, d_model) float32 of the same; `k` is the strength, a number or (batch, 1 or seq, 1)
+    def move(self, h:Tensor, v:Tensor, layer:int|None, k:float|Tensor)->Tensor: raise NotImplementedError # (batch, seq, d_model) float32 of the same; `v` is what `at` gives, `k` the strength, a number or (batch, 1 or seq, 1)
 
-    def at(self, layer:int|None)->Tensor: # (d_model,), float32
-        "The vector of one layer"
+    def given(self, layer:int|None)->Tensor: # (d_model,), float32
+        "The vector of one layer, as it was given"
         if isinstance(self.vector, Tensor): return (self.vector if self.vector.ndim == 1 else self.vector[layer]).float()
         return self.vector[layer].float()
+
+    def at(self, layer:int|None)->Tensor: # (d_model,), float32
+        "What `move` works with at one layer: the unit vector, unless the length counts"
+        return _unit(self.given(layer))
 
     @property
     def strength_given(self)->Strength: return getattr(self, self.strength_name)
@@ -191,7 +195,7 @@ class Intervention:
             if missing := [l for l in layers if l not in v]: raise SteeringError(f'the vector has no layer {missing[0]}; it has {sorted(v)}')
         elif not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.ndim == 2 and len(v) != n_layers(model): raise SteeringError(f'the vector is {f"of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__}: it must be ({width},), ({n_layers(model)}, {width}), {{layer: ({width},)}} or a Vector')
         for l in layers:
-            x = self.at(l)
+            x = self.given(l)
             if x.shape != (width,): raise SteeringError(f'the vector has shape {tuple(x.shape)}, the model needs ({width},); it was made with another model')
             if not x.isfinite().all(): raise SteeringError(f'the vector has {int((~x.isfinite()).sum())} numbers that are NaN or infinite')
             if not x.any() and not isinstance(self, Add): raise SteeringError(f'the vector is zero at layer {l}: it has no direction')
@@ -207,10 +211,10 @@ class Add(Intervention):
     norms:dict[int, float]|None=None # From `residual_norms`, for unit='norm'
 
     strength_name = 'coefficient'
-    def move(self, h, v, layer, k): return h + k*v
+    def move(self, h, v, layer, k): return h + k*v if isinstance(k, Tensor) else torch.add(h, v, alpha=k)
 
     def at(self, layer):
-        v = super().at(layer)
+        v = self.given(layer)
         if self.unit == 'raw': return v
         one = self.vector.gap[self.vector.layers.index(layer)] if self.unit == 'gap' else self.norms[layer]
         return one*_unit(v)
@@ -230,7 +234,7 @@ class Ablate(Intervention):
     strength:Strength=1. # 1 takes all of it out
     where:Scope='all' # Which tokens
 
-    def move(self, h, v, layer, k): u = _unit(v); return h - k*(h @ u)[..., None]*u
+    def move(self, h, u, layer, k): return h - k*(h @ u)[..., None]*u
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
@@ -242,9 +246,10 @@ class Clamp(Intervention):
     strength:Strength=1. # 1 moves a token onto the bound, 1.5 half as far again beyond it
     where:Scope='all' # Which tokens
 
-    def move(self, h, v, layer, k):
-        u = _unit(v); p = h @ u; low, high = (_of_layer(b, layer, self.layers) for b in (self.low, self.high))
-        return torch.addcmul(h, k*(p.clamp(low, high) - p)[..., None], u)
+    def move(self, h, u, layer, k):
+        p = h @ u; low, high = (_of_layer(b, layer, self.layers) for b in (self.low, self.high))
+        missing = (p.clamp(low, high) - p)[..., None]
+        return torch.addcmul(h, k*missing, u) if isinstance(k, Tensor) else torch.addcmul(h, missing, u, value=k)
     def numbers(self): return {k:x for k,x in dict(low=self.low, high=self.high, strength=self.strength).items() if x is not None}
 
     def layers_of(self, model:nn.Module)->list[int]:
@@ -296,8 +301,8 @@ class RotateTowards(Intervention):
     where:Scope='all' # Which tokens
 
     strength_name = 'degrees'
-    def move(self, h, v, layer, k):
-        u, length = _unit(v), h.norm(dim=-1, keepdim=True)
+    def move(self, h, u, layer, k):
+        length = h.norm(dim=-1, keepdim=True)
         across = h - (h @ u)[..., None]*u
         w = torch.nn.functional.normalize(across, dim=-1)
         now = torch.atan2(across.norm(dim=-1, keepdim=True), (h @ u)[..., None]) # angle to u, from 0 to pi
@@ -313,8 +318,8 @@ class Apply(Intervention):
     strength:Strength=1. # 0 leaves a token as it is, 1 makes it what the function returns
     where:Scope='all' # Which tokens
 
-    def at(self, layer): return torch.empty(0) if self.vector is None else super().at(layer)
-    def move(self, h, v, layer, k):
+    def given(self, layer): return torch.empty(0) if self.vector is None else super().given(layer)
+    def move(self, h, u, layer, k):
         new = self.function(h)
         if not isinstance(new, Tensor) or new.shape != h.shape: raise SteeringError(f'the function returned {tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__} for {tuple(h.shape)}: it must return a tensor of the same shape')
         return new if isinstance(k, float) and k == 1 else h + k*(new - h)

@@ -11,7 +11,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from persona_vectors.chat import chat_prompt, conversation
 from persona_vectors.generation import generate_local
 from persona_vectors.models import blocks
-from persona_vectors.personas import EngineBusy, Monitor, ModelWrapper, PersonaError, PersonaManager, SteeringEngine, inked, parse_blend, require_name
+from persona_vectors.engine import EngineBusy, Monitor, SteeringEngine, inked
+from persona_vectors.personas import ModelWrapper, PersonaError, PersonaManager, parse_blend, require_name
 from persona_vectors.settings import Settings, SettingsError, get_config
 from persona_vectors.vectors import Activations, Vector
 
@@ -320,7 +321,7 @@ def test_a_monitor_says_what_a_second_reading_says(manager):
     for k, q in enumerate(("What is truth?", "Tell me about the sea.", "Why?")):
         engine.chat(q, stream=False, temperature=.8, seed=k, max_tokens=12)
         turn, seen = engine.turn, {}
-        handles = [blocks(engine.model)[3].register_forward_hook(lambda block, args, h: h + v), *(blocks(engine.model)[l].register_forward_hook(lambda block, args, h, l=l: seen.update({l: h[0]})) for l in range(8))]
+        handles = [blocks(engine.model)[3].register_forward_hook(lambda block, args, h: h + v), *(blocks(engine.model)[l].register_forward_hook(lambda block, args, h, l=l, seen=seen: seen.update({l: h[0]})) for l in range(8))]
         with torch.no_grad(): engine.model(torch.tensor([turn.prompt + turn.said]))
         for h in handles: h.remove()
         part = inked(engine.tokenizer, turn.said); assert engine.tokenizer.decode(turn.said[part]).strip() == turn.text
