@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Callable, Sequence
+import numpy as np
 import torch
 from torch import Tensor, nn
 from .config import resolve_layer
@@ -23,10 +24,36 @@ from .vectors import TraitVector, Vector, VectorError, require_model
 class SteeringError(ValueError):
     "An intervention does not fit the model, or was never applied; the message says what to do"
 
+def _number(x, name, whole=False):
+    "A finite number, in float32 too, or an error that says what is wrong"
+    kind = Integral if whole else Real
+    if isinstance(x, (Tensor, np.ndarray, np.generic)) and x.ndim == 0: x = x.item()
+    if isinstance(x, bool) or not isinstance(x, kind): raise SteeringError(f'{name}={_short(x)}: must be a {"whole " if whole else ""}number')
+    if not abs(x) <= (2**31 if whole else _LARGEST): raise SteeringError(f'{name}={_short(x)}: must be a finite number, not beyond {2**31 if whole else _LARGEST:.1e}')
+    return int(x) if whole else float(x)
+
+def _numbers(x, name):
+    "(n,) float32 of a list of numbers"
+    try: found = torch.as_tensor(x, dtype=torch.float32, device='cpu')
+    except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError): raise SteeringError(f'{name}={_short(x)}: must be a number, or a list of numbers') from None
+    if found.ndim != 1 or not len(found): raise SteeringError(f'{name} of shape {tuple(found.shape)}: must be a number, or a list of numbers')
+    if not found.isfinite().all(): raise SteeringError(f'{name}={_short(x)}: all must be finite numbers')
+    return found
+
+def _short(x): text = f'{x}' if isinstance(x, (str, Real)) else f'{type(x).__name__} {x!r}'; return text if len(text) <= 60 else f'{text[:57]}...'
+_LARGEST = torch.finfo(torch.float32).max
+
+def _strength(x, name='strength'):
+    "A number, or (n,) float32"
+    if isinstance(x, Dial): x = x.value
+    if isinstance(x, Real) or isinstance(x, (Tensor, np.ndarray, np.generic)) and x.ndim == 0 or x is None or isinstance(x, (str, bytes)): return _number(x, name)
+    return _numbers(x, name)
+
 class Dial:
     "A strength that can be turned while a model speaks: `dial.value = 2.` applies from the next token on"
     def __init__(self, value:float): self.value = value
-    def __repr__(self): return f'Dial({self.value:g})'
+    def __setattr__(self, name, x): super().__setattr__(name, _strength(x, 'Dial') if name == 'value' else x)
+    def __repr__(self): return f'Dial({self.value})'
 
 Strength = float|Sequence[float]|Tensor|Dial # One number, one per row of the batch, or a dial
 
@@ -37,14 +64,10 @@ def of_rows(
     total:int|None=None, # How long that list is
 )->float|Tensor: # A number, or (n, 1, 1)
     "The strength of each row of a pass"
-    if isinstance(strength, Dial): strength = strength.value
-    if isinstance(strength, Real): return float(strength)
-    x = torch.as_tensor(strength, dtype=torch.float32)
-    if x.ndim != 1 or (n % len(x) if total is None else len(x) != total): raise SteeringError(f'{tuple(x.shape)} strengths for {n if total is None else total} rows: give one number, or one per row')
+    x = _strength(strength)
+    if isinstance(x, float): return x
+    if n % len(x) if total is None else len(x) != total: raise SteeringError(f'{tuple(x.shape)} strengths for {n if total is None else total} rows: give one number, or one per row')
     return (x.repeat_interleave(n//len(x)) if jobs is None else x[jobs.cpu()])[:, None, None]
-
-def _numbers(strength):
-    return [float(strength.value)] if isinstance(strength, Dial) else [float(strength)] if isinstance(strength, Real) else torch.as_tensor(strength, dtype=torch.float32).flatten().tolist()
 
 # %% ../nbs/09_interventions.ipynb #cell-09
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Last:
     k:int=1
 
     def __post_init__(self):
-        if self.k < 1: raise SteeringError(f'Last({self.k}): at least 1 token')
+        if _number(self.k, 'Last', whole=True) < 1: raise SteeringError(f'Last({self.k}): at least 1 token')
     def __call__(self, p:Pass)->Tensor: behind = p.starts[:, None] - p.positions; return (behind > 0) & (behind <= self.k)
 
 @dataclass(frozen=True)
@@ -61,6 +84,7 @@ class FromPosition:
     "A token and all after it"
     first:int # 0 is the first token of the prompt; -1 its last
 
+    def __post_init__(self): _number(self.first, 'FromPosition', whole=True)
     def __call__(self, p:Pass)->Tensor: return p.positions >= (self.first if self.first >= 0 else (p.starts[:, None] + self.first).clamp(min=0))
 
 @dataclass(frozen=True)
@@ -72,6 +96,7 @@ class Window:
     fall:int=0 # Tokens over which it goes back to 0, up to `last`
 
     def __post_init__(self):
+        for name in ('first', 'rise', 'fall', *(['last'] if self.last is not None else [])): _number(getattr(self, name), name, whole=True)
         if self.first < 0 or self.last is not None and self.last <= self.first or min(self.rise, self.fall) < 0: raise SteeringError(f'{self}: must have 0 <= first < last, rise >= 0, fall >= 0')
         if self.fall and self.last is None: raise SteeringError(f'{self}: fall= needs last=')
 
@@ -99,12 +124,14 @@ class AfterThinking:
     def _end(self, ids, start):
         "The position of the first token after thinking, past the end when there is none yet"
         if start >= len(ids): return start
-        said = self.tokenizer.decode(ids[start:])
-        opened = self.tokenizer.decode(ids[:start]).rstrip().endswith(self.opening)
-        head = said.lstrip()
-        if not opened and not head.startswith(self.opening): return len(ids) if head and self.opening.startswith(head) or not head else start # perhaps an opening that is not whole yet
-        if self.closing not in said: return len(ids)
-        return start + next(k for k in range(1, len(ids) - start + 1) if self.closing in self.tokenizer.decode(ids[start:start + k]))
+        text = lambda k: self.tokenizer.decode(ids[start:start + k])
+        after = range(1, len(ids) - start + 1)
+        thinking = self.tokenizer.decode(ids[:start]).rstrip().endswith(self.opening)
+        for k in () if thinking else after: # the first token at which it is known, so that a token's weight never changes
+            head = text(k).lstrip()
+            if head.startswith(self.opening): thinking = True; break
+            if head and not self.opening.startswith(head): return start + k - 1
+        return next((start + k for k in after if self.closing in text(k)), len(ids)) if thinking else len(ids)
 
 Scope = str|Callable[[Pass], Tensor] # A key of `SCOPES`, one of the classes above, or a function of yours to (batch, seq) weights
 SCOPES:dict[str, Callable[[Pass], Tensor]|None] = dict(all=None, prompt=lambda p: p.positions < p.starts[:, None], response=lambda p: p.positions >= p.starts[:, None])
@@ -116,7 +143,9 @@ def weights_of(
     "How much of the strength each token gets; worked out once per pass"
     if where not in p.kept:
         real = p.positions >= 0
-        p.kept[where] = (real if where == 'all' else real*(SCOPES[where] if isinstance(where, str) else where)(p)).float()
+        own = None if where == 'all' else (SCOPES[where] if isinstance(where, str) else where)(p)
+        if own is not None and (not isinstance(own, Tensor) or own.shape != p.positions.shape): raise SteeringError(f'where={_short(where)} returned {tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__}: it must return weights of shape {tuple(p.positions.shape)}')
+        p.kept[where] = (real if own is None else real*own.to(real.device)).float().clamp(0, 1)
     return p.kept[where]
 
 # %% ../nbs/09_interventions.ipynb #cell-15
@@ -135,13 +164,14 @@ def residual_norms(
 
 # %% ../nbs/09_interventions.ipynb #cell-18
 def _of_layer(value, layer, layers):
-    "A bound that may be given per layer, as {layer: value} or in the order of the layers"
-    if value is None or isinstance(value, Real): return value
+    "A bound that may be given per layer, as {layer: value} or in the order of the layers, and turned like a strength"
+    if isinstance(value, Dial): value = value.value
+    if value is None or isinstance(value, Real) or getattr(value, 'ndim', 1) == 0: return value if value is None else float(value)
     if layer is None: raise SteeringError('bounds per layer need a layer')
     if isinstance(value, dict): return float(value[layer])
     return float(value[list(layers).index(layer)])
 
-def _unit(v): return torch.nn.functional.normalize(v, dim=-1)
+def _unit(v): return torch.nn.functional.normalize(v/v.abs().amax(), dim=-1) if v.numel() else v # scaled first: a norm may overflow, or drown in what keeps it from 0
 
 class Intervention:
     "A change of the residual stream after some decoder blocks"
@@ -169,21 +199,15 @@ class Intervention:
         k = of_rows(self.strength_given, len(h))
         return self.move(h.float(), self.at(layer).to(h.device), layer, k.to(h.device) if isinstance(k, Tensor) else k).to(h.dtype)
 
-    def numbers(self)->dict[str, Any]: return {self.strength_name: self.strength_given} # {name: strength or bound}, all of which must be finite
+    def bounds(self)->dict[str, Any]: return {} # {name: number, {layer: number} or one per layer}
 
     def layers_of(self, model:nn.Module)->list[int]: # The blocks it acts on; raises SteeringError when vector, layer or a number do not fit
         "Check against a model"
-        layers = [self.layers] if isinstance(self.layers, Integral) else list(self.layers)
-        if not layers: raise SteeringError('layers=[]: name at least one layer')
-        try: layers = [resolve_layer(l, n_layers(model)) for l in layers]
-        except (ValueError, TypeError) as e: raise SteeringError(str(e)) from None
-        if len(set(layers)) < len(layers): raise SteeringError(f'layers={layers}: a layer is named twice; write two interventions if that is meant')
-        if isinstance(self.where, str) and self.where not in SCOPES: raise SteeringError(f'where={self.where!r}: must be one of {", ".join(SCOPES)}, or Last, FromPosition, Window, AfterThinking')
-        for name,x in self.numbers().items():
-            for o in x.values() if isinstance(x, dict) else _numbers(x):
-                if not math.isfinite(o): raise SteeringError(f'{name}={o}: must be a finite number')
-            if isinstance(x, dict) and (missing := [l for l in layers if l not in x]): raise SteeringError(f'{name} has no value for layer {missing[0]}; it has {sorted(x)}')
-        if self.vector is not None: self._check_vector(model, layers)
+        layers = _blocks_named(self.layers, n_layers(model))
+        _check_scope(self.where)
+        _strength(self.strength_given, self.strength_name)
+        for name,x in self.bounds().items(): _check_bound(x, name, layers)
+        if self.vector is not None or not isinstance(self, Apply): self._check_vector(model, layers)
         return layers
 
     def _check_vector(self, model, layers):
@@ -192,13 +216,37 @@ class Intervention:
             try: require_model(v, model); v.at(*layers)
             except VectorError as e: raise SteeringError(str(e)) from None
         elif isinstance(v, dict):
-            if missing := [l for l in layers if l not in v]: raise SteeringError(f'the vector has no layer {missing[0]}; it has {sorted(v)}')
+            if missing := [l for l in layers if l not in v]: raise SteeringError(f'the vector has no layer {missing[0]}; it has {sorted(map(str, v))}')
+            if odd := [l for l in layers if not isinstance(v[l], Tensor)]: raise SteeringError(f'the vector at layer {odd[0]} is {type(v[odd[0]]).__name__}: a tensor of shape ({width},) is needed')
         elif not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.ndim == 2 and len(v) != n_layers(model): raise SteeringError(f'the vector is {f"of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__}: it must be ({width},), ({n_layers(model)}, {width}), {{layer: ({width},)}} or a Vector')
         for l in layers:
-            x = self.given(l)
+            x = v if isinstance(v, Tensor) and v.ndim == 1 else v[l]
             if x.shape != (width,): raise SteeringError(f'the vector has shape {tuple(x.shape)}, the model needs ({width},); it was made with another model')
+            if not x.is_floating_point() or x.is_meta or x.layout != torch.strided: raise SteeringError(f'the vector is {x.dtype} on {x.device}, {x.layout}: plain floats are needed')
             if not x.isfinite().all(): raise SteeringError(f'the vector has {int((~x.isfinite()).sum())} numbers that are NaN or infinite')
-            if not x.any() and not isinstance(self, Add): raise SteeringError(f'the vector is zero at layer {l}: it has no direction')
+            if not x.any() and not (isinstance(self, Add) and self.unit == 'raw'): raise SteeringError(f'the vector is zero at layer {l}: it has no direction')
+
+def _blocks_named(layers, n):
+    "0-based blocks of what a user writes"
+    if isinstance(layers, (Tensor, np.ndarray)): layers = layers.tolist()
+    named = [layers] if isinstance(layers, Integral) else list(layers) if isinstance(layers, (list, tuple, range, set)) else None
+    if named is None: raise SteeringError(f'layers={_short(layers)}: must be a layer, or a list of layers')
+    if not named: raise SteeringError('layers=[]: name at least one layer')
+    try: found = [resolve_layer(l, n) for l in named]
+    except (ValueError, TypeError) as e: raise SteeringError(str(e)) from None
+    if len(set(found)) < len(found): raise SteeringError(f'layers={found}: a layer is named twice; write two interventions if that is meant')
+    return found
+
+def _check_scope(where):
+    "A key of `SCOPES`, or something to call and to remember"
+    if not (where in SCOPES if isinstance(where, str) else callable(where) and not isinstance(where, type) and getattr(where, '__hash__', None)): raise SteeringError(f'where={_short(where)}: must be one of {", ".join(SCOPES)}, or Last(...), FromPosition(...), Window(...), AfterThinking(...), or a function')
+
+def _check_bound(x, name, layers):
+    "A number, {layer: number}, or one number per layer"
+    if isinstance(x, dict):
+        if missing := [l for l in layers if l not in x]: raise SteeringError(f'{name} has no value for layer {missing[0]}; it has {sorted(map(str, x))}')
+        for l in layers: _number(x[l], f'{name} at layer {l}')
+    elif isinstance(x := _strength(x, name), Tensor) and len(x) != len(layers): raise SteeringError(f'{name} has {len(x)} values for {len(layers)} layers')
 
 @dataclass(frozen=True)
 class Add(Intervention):
@@ -220,11 +268,11 @@ class Add(Intervention):
         return one*_unit(v)
 
     def layers_of(self, model):
-        if self.unit not in UNITS: raise SteeringError(f'unit={self.unit!r}: must be one of {", ".join(UNITS)}')
+        if not isinstance(self.unit, str) or self.unit not in UNITS: raise SteeringError(f'unit={self.unit!r}: must be one of {", ".join(UNITS)}')
         if self.unit == 'gap' and not isinstance(self.vector, TraitVector): raise SteeringError("unit='gap' needs a TraitVector or an Axis, which know their two means")
-        if self.unit == 'norm' and self.norms is None: raise SteeringError("unit='norm' needs norms=residual_norms(extractor, conversations)")
+        if self.unit == 'norm' and not isinstance(self.norms, dict): raise SteeringError("unit='norm' needs norms=residual_norms(extractor, conversations)")
         return super().layers_of(model)
-    def numbers(self): return dict(coefficient=self.coefficient, **(dict(norms=self.norms) if self.unit == 'norm' else {}))
+    def bounds(self): return dict(norms=self.norms) if self.unit == 'norm' else {}
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
@@ -250,13 +298,11 @@ class Clamp(Intervention):
         p = h @ u; low, high = (_of_layer(b, layer, self.layers) for b in (self.low, self.high))
         missing = (p.clamp(low, high) - p)[..., None]
         return torch.addcmul(h, k*missing, u) if isinstance(k, Tensor) else torch.addcmul(h, missing, u, value=k)
-    def numbers(self): return {k:x for k,x in dict(low=self.low, high=self.high, strength=self.strength).items() if x is not None}
+    def bounds(self): return {k:x for k,x in dict(low=self.low, high=self.high).items() if x is not None}
 
     def layers_of(self, model:nn.Module)->list[int]:
         if self.low is None and self.high is None: raise SteeringError('Clamp needs a bound: low=, high= or both')
         layers = super().layers_of(model)
-        for name,b in (('low', self.low), ('high', self.high)):
-            if not isinstance(b, (Real, dict, type(None))) and len(b) != len(layers): raise SteeringError(f'{name} has {len(b)} values for {len(layers)} layers')
         for l in layers:
             low, high = (_of_layer(b, l, layers) for b in (self.low, self.high))
             if None not in (low, high) and low > high: raise SteeringError(f'low={low:g} is above high={high:g} at layer {l}: no projection lies between them')

@@ -8,11 +8,12 @@ __all__ = ['PERSONA_TINY', 'resolve_device', 'resolve_dtype', 'is_path', 'model_
 
 # %% ../nbs/02_models.ipynb #cell-03
 import hashlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available, logging as hf_logging
@@ -118,6 +119,8 @@ def fingerprint(
     "Short hash of a model's weights"
     h = hashlib.sha256()
     for name,p in model.named_parameters():
-        sample = p.detach().flatten()[:32].to('cpu', torch.bfloat16) # a cast every load of the same weights agrees on
+        module, _, leaf = name.rpartition('.')
+        with align_module_device(model.get_submodule(module)) if p.is_meta else nullcontext(): # brings offloaded weights here for a moment
+            sample = getattr(model.get_submodule(module), leaf).detach().flatten()[:32].to('cpu', torch.bfloat16) # a cast every load of the same weights agrees on
         h.update(f'{name}{tuple(p.shape)}'.encode()); h.update(sample.view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]

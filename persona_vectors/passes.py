@@ -6,6 +6,7 @@
 __all__ = ['PassError', 'Batch', 'batch_of', 'prompt_lengths', 'Pass', 'following']
 
 # %% ../nbs/03_passes.ipynb #cell-03
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -26,11 +27,14 @@ class Batch:
     total:int # Rows of the whole list
     rows:Tensor # (rows that go on,) indices into the batch
 
-_batches = WeakKeyDictionary() # model -> its Batch
+class _Batches(threading.local):
+    "What is known in each thread"
+    def __init__(self): self.of = WeakKeyDictionary() # model -> its Batch
+_batches = _Batches()
 
 def batch_of(model:nn.Module)->Batch|None: # None where nobody has said anything
-    "What `prompt_lengths` has said about the batch that is running"
-    return _batches.get(model)
+    "What `prompt_lengths` has said about the batch that is running in this thread"
+    return _batches.of.get(model)
 
 @contextmanager
 def prompt_lengths(
@@ -42,11 +46,11 @@ def prompt_lengths(
     "Say where the prompts of the passes inside the block end"
     n = len(lengths)
     before, batch = batch_of(model), Batch(torch.as_tensor(lengths), torch.arange(n) if jobs is None else torch.as_tensor(jobs), n if total is None else total, torch.arange(n))
-    _batches[model] = batch
+    _batches.of[model] = batch
     try: yield batch
     finally:
-        if before is None: _batches.pop(model, None)
-        else: _batches[model] = before
+        if before is None: _batches.of.pop(model, None)
+        else: _batches.of[model] = before
 
 # %% ../nbs/03_passes.ipynb #cell-08
 @dataclass
@@ -63,9 +67,13 @@ class Pass:
         "Where the responses begin"
         return self.find_starts().to(self.positions.device)
 
+class _Thread(threading.local):
+    "What happens in one thread: several may run one model"
+    def __init__(self): self.inside, self.prompt, self.whole, self.seen, self.inputs, self.now, self.running, self.fed = 0, (None, None), None, None, None, None, False, 0
+
 class _Follower:
     "Watches one model; shared by all that follow it"
-    def __init__(self, model): self.model, self.users, self.inside, self.prompt, self.whole, self.seen, self.now, self.running = model, 0, 0, (None, None), None, None, None, False
+    def __init__(self, model): self.model, self.users, self.here, self.last = model, 0, _Thread(), None
 
     def install(self):
         self._undo = [self._wrap('generate', self._generate), self._wrap('prepare_inputs_for_generation', self._prepare)]
@@ -88,62 +96,74 @@ class _Follower:
         prompt = next((o for o in (*args[:1], kwargs.get('inputs'), kwargs.get('input_ids'), kwargs.get('inputs_embeds')) if isinstance(o, Tensor)), None)
         mask = kwargs.get('attention_mask')
         width = max((o.shape[1] for o in (prompt, mask) if o is not None), default=None) # with a cache only what is new may be passed in, and the mask is longer
-        before, self.prompt = self.prompt, (width, None if mask is None else mask.sum(1))
-        self.inside += 1
+        t = self.here
+        before, t.prompt = t.prompt, (width, None if mask is None else mask.sum(1))
+        t.inside += 1
         try: return original(*args, **kwargs)
-        finally: self.inside -= 1; self.prompt, self.whole = before, None
+        finally: t.inside -= 1; t.prompt, t.whole = before, None
 
     def _prepare(self, original, input_ids, *args, **kwargs):
         "Called by `generate` before each pass with the whole sequences, beams in their present order"
-        self.whole = input_ids, kwargs.get('attention_mask')
+        self.here.whole = input_ids, kwargs.get('attention_mask')
         return original(input_ids, *args, **kwargs)
 
     def _before(self, model, args, kwargs):
         "What of the inputs is needed; the positions are worked out when somebody asks"
-        self.running, self.now = True, None
+        t = self.here; t.running, t.now = True, None
         named = kwargs.get('input_ids') if kwargs.get('input_ids') is not None else kwargs.get('inputs_embeds')
         ids, cache = args[0] if args else named, kwargs.get('past_key_values')
         mask = kwargs.get('attention_mask') if isinstance(kwargs.get('attention_mask'), Tensor) and kwargs['attention_mask'].ndim == 2 else None
-        self.inputs = ids, mask, cache.get_seq_length() if hasattr(cache, 'get_seq_length') else 0, batch_of(model)
+        t.inputs = ids, mask, self._past(cache, ids, kwargs.get('cache_params')), batch_of(model)
 
-    def _after(self, model, args, out): self.running = False
+    def _past(self, cache, ids, state):
+        "Tokens that were computed before"
+        if hasattr(cache, 'get_seq_length'): return int(cache.get_seq_length()) # a number now: a static cache counts on in place
+        past = self.here.fed if state is not None else 0 # a state does not know its length: what this thread has fed since the prompt
+        self.here.fed = past + ids.shape[1]
+        return past
+
+    def _after(self, model, args, out): self.here.running = False
 
     @property
-    def padded(self)->bool:
-        "Whether this pass may hold padding"
-        return self.running and self.inputs[1] is not None
+    def running(self)->bool: return self.here.running # Not when a block is computed again for its gradient
+    @property
+    def padded(self)->bool: return self.running and self.here.inputs[1] is not None # Whether this pass may hold padding
 
     def current(self):
-        "The pass that is running, or, when a block is computed again for its gradient, the last one"
-        if self.now is None: self.now = self._work_out()
-        return self.now
+        "The pass that is running, or, when a block is computed again for its gradient, perhaps in a thread of its own, the last one"
+        t = self.here
+        if t.inputs is None and self.last is not None: return self.last
+        if t.now is None: t.now = self.last = self._work_out()
+        return t.now
 
     def _work_out(self):
-        if not hasattr(self, 'inputs'): raise PassError(f'a block of this {type(self.model).__name__} was run without the model around it, so it cannot be told where its tokens stand; call the model that is being followed')
-        ids, mask, past, batch = self.inputs
+        t = self.here
+        if t.inputs is None: raise PassError(f'a block of this {type(self.model).__name__} was run without the model around it, so it cannot be told where its tokens stand; call the model that is being followed')
+        ids, mask, past, batch = t.inputs
         n, seq = ids.shape[:2]
         whole = None
-        if self.inside and self.whole is not None:
-            whole, asked = self.whole
+        if t.inside and t.whole is not None:
+            whole, asked = t.whole
             mask = asked if isinstance(asked, Tensor) and asked.ndim == 2 else mask
             past = (whole if mask is None else mask).shape[1] - seq
         elif not past and ids.ndim == 2: whole = ids
         if mask is not None and mask.shape[1] < past + seq: mask = None if bool(mask.all()) else self._unknown(mask, past, seq)
         positions = past + torch.arange(seq, device=ids.device).expand(n, seq) if mask is None else torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, past:past + seq]
         if whole is not None and whole.shape[1] != past + seq: whole = None
-        if not past: self.seen = positions.amax(1) + 1 # should nobody know better, all of it is prompt
-        return Pass(positions, lambda: self._starts(n, mask, batch, self.seen), whole, mask)
+        if not past: t.seen = positions.amax(1) + 1 # should nobody know better, all of it is prompt
+        prompt, seen = t.prompt if t.inside else (None, None), t.seen
+        return Pass(positions, lambda: self._starts(n, mask, batch, prompt, seen), whole, mask)
 
     def _unknown(self, mask, past, seq): raise PassError(f'the attention mask covers {mask.shape[1]} of {past + seq} tokens: give one for the whole sequences, those in the cache included')
 
-    def _starts(self, n, mask, batch, seen):
+    def _starts(self, n, mask, batch, prompt, seen):
         "(batch,) tokens of each prompt"
         if batch is not None:
             if n % len(batch.rows): raise PassError(f'prompt_lengths was told of {len(batch.rows)} rows, this pass has {n}')
             return batch.lengths[batch.rows].repeat_interleave(n//len(batch.rows))
-        width, lengths = self.prompt
-        if self.inside and lengths is not None: return lengths.repeat_interleave(n//len(lengths)) # beams and samples of a row lie side by side
-        if self.inside and width is not None: return torch.full((n,), width) if mask is None else mask[:, :width].sum(1) # `generate` has told padding from prompt itself
+        width, lengths = prompt
+        if lengths is not None: return lengths.repeat_interleave(n//len(lengths)) # beams and samples of a row lie side by side
+        if width is not None: return torch.full((n,), width) if mask is None else mask[:, :width].sum(1) # `generate` has told padding from prompt itself
         if seen is None or len(seen) != n: raise PassError('this pass goes on after a prompt that was not seen; say how long it is: with prompt_lengths(model, [...])')
         return seen
 

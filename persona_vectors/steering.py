@@ -8,6 +8,7 @@ __all__ = ['FLUSH', 'Trace', 'Audit', 'steer']
 # %% ../nbs/10_steering.ipynb #cell-03
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,20 @@ class Trace:
     where:str
     passes:int=0 # Forward passes it was applied in
     waiting:list=field(default_factory=list) # (projection before, intended, after, which tokens) of the latest passes
+    lock:Any=field(default_factory=Lock, repr=False) # Several threads may run one model
     sums:Any=0. # (5,): tokens in scope, tokens that moved, and sums of projections before, intended, after
 
     def note(self, before:Tensor, intended:Tensor, after:Tensor, inside:Tensor|None):
         "Keep the projections of one pass, (batch, seq) each; they are added up later, so that generation is not held up"
-        self.passes += 1; self.waiting.append((before, intended, after, inside))
-        if len(self.waiting) == FLUSH: self.add_up()
+        with self.lock:
+            self.passes += 1; self.waiting.append((before, intended, after, inside))
+            if len(self.waiting) >= FLUSH: self._add_up()
 
     def add_up(self):
         "Sums of what waits"
+        with self.lock: self._add_up()
+
+    def _add_up(self):
         if not self.waiting: return
         p, q, r = (torch.cat([o[k].flatten() for o in self.waiting]).double() for k in range(3))
         inside = torch.cat([(torch.ones_like(o[0]) if o[3] is None else o[3].to(o[0].device) > 0).flatten() for o in self.waiting]).bool()
@@ -74,7 +80,8 @@ def steer(
     *interventions:Intervention, # Applied in the order written
 )->Iterator[Audit]: # Yields the audit; raises SteeringError for what does not fit the model, and at the end for what was never applied
     "Apply interventions inside the block; afterwards the model is as before, also after an exception"
-    if odd := next((o for o in interventions if not isinstance(o, Intervention)), None): raise SteeringError(f'{type(odd).__name__} is no intervention; a function of yours is one as Apply(function, layers)')
+    for o in interventions:
+        if not isinstance(o, Intervention): raise SteeringError(f'{type(o).__name__} is no intervention; a function of yours is one as Apply(function, layers)')
     resolved = [_prepared(o, o.layers_of(model)) for o in interventions] # all are checked before any is applied
     sites = [(o, l) for o in resolved for l in o.layers]
     audit, found = Audit([Trace(type(o).__name__, l, str(o.where)) for o,l in sites]), blocks(model)
@@ -86,7 +93,7 @@ def steer(
 
 def _prepared(o, layers):
     "With the layers as numbers and a list of strengths as a tensor"
-    strength = {o.strength_name: torch.as_tensor(o.strength_given, dtype=torch.float32)} if isinstance(o.strength_given, (list, tuple)) else {}
+    strength = {o.strength_name: torch.as_tensor(o.strength_given, dtype=torch.float32)} if isinstance(o.strength_given, (list, tuple)) else {} # once, not at every pass
     return replace(o, layers=tuple(layers), **strength)
 
 def _hook(model, intervention, layer, trace, follower):

@@ -75,8 +75,8 @@ def require_model(
     "Refuse vectors of another width, depth or fingerprint"
     if vectors.d_model != d_model(model): raise VectorError(f'the vectors have width {vectors.d_model}, the model {d_model(model)}; they were made with another model')
     if vectors.layers and max(vectors.layers) >= n_layers(model): raise VectorError(f'the vectors go up to layer {max(vectors.layers)}, the model has layers 0 to {n_layers(model) - 1}; they were made with another model')
-    made, this = vectors.about.get('fingerprint'), fingerprint(model)
-    if made not in (None, this): raise VectorError(f"the vectors were made with {vectors.about.get('model')} ({made}), this model is {model.config.name_or_path.rsplit('/', 1)[-1]} ({this}); pass any_model=True where they are loaded to use them all the same")
+    made = vectors.about.get('fingerprint')
+    if made is not None and made != (this := fingerprint(model)): raise VectorError(f"the vectors were made with {vectors.about.get('model')} ({made}), this model is {model.config.name_or_path.rsplit('/', 1)[-1]} ({this}); pass any_model=True where they are loaded to use them all the same")
 
 @dataclass(frozen=True, eq=False)
 class Vector:
