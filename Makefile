@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -55,6 +55,10 @@ bench-extraction: .venv/ready  ## extraction beside its peers and the limit (abo
 
 bench-generation: .venv/ready  ## generation beside a plain loop and continuous batching (about 10 minutes on 2 cores, alone)
 	@cd experiments/bench_generation && ../../$(BIN)/python bench.py
+
+bench-steering: .venv/ready  ## what steering adds to a token, beside a bare hook and its peers (about 10 minutes on 2 cores, alone)
+	@$(BIN)/pip install -q --no-deps --target experiments/bench_steering/build/peers -r experiments/bench_steering/peers.txt
+	@cd experiments/bench_steering && PYTHONPATH=build/peers ../../$(BIN)/python bench.py
 
 clean:  ## remove what was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
