@@ -20,15 +20,16 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from .files import atomic_write
-from .catalog import ARCHETYPES, EVAL_QUESTIONS, SAFETY, TRAITS, Text, Texts, find_persona
+from .catalog import ARCHETYPES, DEFAULT_PERSONAS, EVAL_QUESTIONS, PERSONAS, SAFETY, TRAITS, Text, Texts, find_persona
 from .settings import Settings, checked, get_config, read_yaml
 from .models import d_model, fingerprint, load_model, n_layers
 from .chat import conversation
 from .generation import sampling_of
 from .authoring import create_persona
 from .extraction import ActivationExtractor, run_of
-from .vectors import Activations, Axis, PersonaVectors, Vector, VectorError, provenance, require_model
+from .vectors import Activations, Axis, PersonaVectors, Vector, VectorError, assistant_axis, provenance, require_model
 from .formats import load_vectors, save_vectors
+from .statistics import direction_report
 from .interventions import residual_norms
 from .traits import safety_axis
 
@@ -103,8 +104,9 @@ def parse_blend(
     if not isinstance(text, str): raise PersonaError(f'a blend is text, not {type(text).__name__}')
     shown = f'blend {text[:60]!r}'
     if not re.search('[:=,]', text): return _weighted(_terms(text, shown), shown)
-    found = [_PAIR.fullmatch(o) for o in text.split(',')]
-    if None in found: raise PersonaError(f"{shown}: {text.split(',')[found.index(None)][:20]!r} is no 'name:weight'; write 'sage:0.5,trickster:0.3' or '0.5 sage + 0.3 trickster'")
+    parts = re.split(rf',|\+(?=\s*{_NAME.pattern}\s*[:=])', text) # 'sage:0.5+trickster:0.3' too, which fits into a URL
+    found = [_PAIR.fullmatch(o) for o in parts]
+    if None in found: raise PersonaError(f"{shown}: {parts[found.index(None)][:20]!r} is no 'name:weight'; write 'sage:0.5,trickster:0.3' or '0.5 sage + 0.3 trickster'")
     return _weighted([(m['name'], float(m['weight'])) for m in found], shown)
 
 # %% ../nbs/11_personas.ipynb #cell-12
@@ -226,6 +228,34 @@ class PersonaManager:
         rows = {where: reader.extract(talks, 'all', where=where, progress=self.progress) for where in SHARED}
         norms = residual_norms(reader, talks[:8])
         return Activations(rows, dict.fromkeys(SHARED, [c[0]['content'] for c in talks]), range(self.model.n_layers), provenance(reader, norms=list(norms.values())))
+
+    def assistant_axis(self)->Axis: # Pointing to the default assistant, all layers
+        "Default personas minus the other personas of the catalog; made once"
+        sampling = {k:v for k,v in sampling_of(run_of(self.config)).items() if k != 'batch_size'}
+        return self._once('assistant_axis', [PERSONAS, self.questions, sampling], self._assistant)
+
+    def _assistant(self):
+        reader, who = self.model.extractor, {prompt:name for name,prompt in PERSONAS.items()}
+        talks = reader.answered([conversation(q, prompt) for prompt in who for q in self.questions], self.progress)
+        rows, spoke = reader.extract(talks, 'all', progress=self.progress), [who[t[0]['content']] for t in talks] # every prompt of the catalog says something
+        at = {name:[i for i,k in enumerate(spoke) if k == name] for name in PERSONAS if name in spoke}
+        vectors = Activations({k:rows[i] for k,i in at.items()}, {k:[talks[j][1]['content'] for j in i] for k,i in at.items()}, range(self.model.n_layers), provenance(reader)).vectors()
+        sides = [[i for i,k in enumerate(spoke) if (k in DEFAULT_PERSONAS) == default] for default in (True, False)]
+        report = direction_report(*(rows[i] for i in sides), *([talks[j][1]['content'] for j in i] for i in sides), progress=self.progress)
+        return assistant_axis(vectors, report=report)
+
+    @property
+    def startup(self)->list[str]: # Names, in order
+        "Personas that a chat or a server has at hand from the beginning; `startup = [...]` keeps them on disk"
+        path = self.config.data_dir/'startup.json'
+        found = read_yaml(path, PersonaError) if path.exists() else [] # JSON is YAML
+        if not isinstance(found, list): raise PersonaError(f'{path}: holds {type(found).__name__}, not a list of names; delete it')
+        return [k for k in found if k in self.list()]
+
+    @startup.setter
+    def startup(self, names):
+        for name in names: self._require(name)
+        with atomic_write(self.config.data_dir/'startup.json', 'w') as f: json.dump([*dict.fromkeys(names)], f)
 
     def norms(self)->dict[int, float]: # {layer: median length of the residual stream}
         "What a strength of 1 is, in the unit 'norm'"
