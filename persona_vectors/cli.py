@@ -13,17 +13,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from .console import SPELLING, examples
+from .data_commands import app as data_commands
+from .library_commands import app as library_commands
+from .terminal import app as terminal
+from .trait_commands import app as trait_commands
 
 # %% ../nbs/17_cli.ipynb #cell-05
-app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode='markdown', pretty_exceptions_enable=False, help='''Persona vectors: extract, measure, look, steer.
-
-Examples:
-
-- `persona-steer demo` runs everything on the embedded model
-
-- `persona-steer list` shows the personas, archetypes and traits of the catalog
-
-- `persona-steer generate "What is truth?" --persona ghost` lets a persona answer''')
+app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode='rich', context_settings=SPELLING, pretty_exceptions_enable=False, help='Persona vectors: extract, measure, look, steer.', epilog=examples('demo', 'chat --persona sage', 'generate "What is truth?" --persona sage', 'serve'))
+for part in (terminal, library_commands, trait_commands, data_commands): app.add_typer(part)
 _state = dict(debug=False)
 
 @app.callback()
@@ -63,14 +61,14 @@ def _print_demo(demo, out:Console):
     command = 'persona-steer' if shutil.which('persona-steer') else sys.argv[0] # in make's environment it is not on the PATH
     out.print(f'\n[bold]Next[/]: look at the pictures (open the .html files in a browser), then\n  {escape(command)} generate "What is truth?" --persona jester\n  make lab        [dim]# opens the tutorials; start with 01_quickstart.ipynb[/]', highlight=False, soft_wrap=True)
 
-@app.command()
+@app.command(epilog=examples('demo', 'demo --steer-to jester'))
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for all files.')]=Path('data/demo'),
     steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='ghost',
     question:Annotated[str, typer.Option(help='Question asked while steering.')]='Why do people tell stories?',
     png:Annotated[bool, typer.Option(help='Write PNG files too, where Chrome or Chromium is installed.')]=True,
 ):
-    "Run the whole pipeline on the embedded model: answers, vectors, pictures, steering.\n\nExample: `persona-steer demo --steer-to jester`"
+    "Run the whole pipeline on the embedded model: answers, vectors, pictures, steering."
     from persona_vectors.demo import run_demo
     _print_demo(run_demo(out, steer_to=steer_to, question=question, png=png), Console())
 
