@@ -8,7 +8,7 @@ __all__ = ['log', 'Text', 'Asked', 'asked_of', 'Token', 'Piece', 'BatchFull', 'J
 # %% ../nbs/13_batching.ipynb #cell-03
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from threading import Condition, Thread
 from typing import Any, Callable, Iterator, Sequence
