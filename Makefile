@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -59,6 +59,9 @@ bench-generation: .venv/ready  ## generation beside a plain loop and continuous 
 bench-steering: .venv/ready  ## what steering adds to a token, beside a bare hook and its peers (about 10 minutes on 2 cores, alone)
 	@$(BIN)/pip install -q --no-deps --target experiments/bench_steering/build/peers -r experiments/bench_steering/peers.txt
 	@cd experiments/bench_steering && PYTHONPATH=build/peers ../../$(BIN)/python bench.py
+
+bench-server: .venv/ready  ## a server of steered personas: together beside one after the other, and 200 clients for a minute
+	@cd experiments/bench_server && ../../$(BIN)/python bench.py && ../../$(BIN)/python load.py
 
 clean:  ## remove what was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -36,6 +36,7 @@ _NAMES = dict(
     settings=('get_config',),
     personas=('ModelWrapper', 'Persona', 'PersonaManager', 'blend', 'parse_blend'),
     engine=('Monitor', 'SteeringEngine'),
+    server=('serve', 'serving'),
     online=('generate_and_extract',),
     plots=('plot_capping', 'plot_cosine_matrix', 'plot_curves', 'plot_dots', 'plot_layers', 'plot_pca', 'plot_scree', 'plot_split_half', 'plot_strength', 'plot_traits', 'save_figure'),
     demo=('run_demo',),
