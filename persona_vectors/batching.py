@@ -319,9 +319,9 @@ class Batcher:
     def _interventions(self)->list[Intervention]:
         "What is done to a token of every row"
         spoken = [j.asked.manner for j in self._rows]
-        adds = [self.manners.add(m) if m.vectors else None for m in spoken]
+        adds = [self.manners.add(m) if m.vectors and m.where != 'prompt' else None for m in spoken] # from here on all is response
         out = []
-        for l in sorted({l for m in spoken for l in m.vectors}):
+        for l in sorted({l for a in adds if a for l in a.layers}):
             rows = torch.stack([a.coefficient*a.at(l) if a and l in a.layers else torch.zeros(text_config(self.model).hidden_size, device=self.model.device) for a in adds])
             out.append(Apply(partial(_plus, rows[:, None]), l))
         if any(m.safety for m in spoken):

@@ -25,7 +25,7 @@ from .passes import Pass
 from .chat import Messages, chat_prompt, segments
 from .generation import cut_at, draw, row_seed, stop_ids
 from .vectors import Activations, Vector, VectorError, require_model
-from .interventions import Add, Floor, Intervention
+from .interventions import SCOPES, Add, Floor, Intervention, Scope
 from .steering import Audit, Trace, steer
 from .personas import Persona, PersonaError, PersonaManager, as_manager, is_name
 
@@ -74,11 +74,12 @@ class Turn:
             kept = self.traces.setdefault((t.name, t.layer, t.where), Trace(t.name, t.layer, t.where))
             t.add_up(); kept.passes += t.passes; kept.sums = kept.sums + t.sums
 
-    def places(self, first:int, n:int)->dict[str, tuple[int, ...]]: # {'last_prompt': positions, 'response': positions}
+    def places(self, first:int, n:int)->dict[str, tuple[int, ...]]: # {'last_prompt', 'response', 'prompt' (all that is no response): positions}
         "Which of `n` tokens from `first` on are of which kind"
         p, here = len(self.prompt), range(first, first + n)
         ends = {p - 1, *(a - 1 for a,_ in self.spans)}
-        return dict(last_prompt=tuple(k for k in here if k in ends), response=tuple(k for k in here if k >= p or any(a <= k < b for a,b in self.spans)))
+        said = {k for k in here if k >= p or any(a <= k < b for a,b in self.spans)}
+        return dict(last_prompt=tuple(k for k in here if k in ends), response=tuple(k for k in here if k in said), prompt=tuple(k for k in here if k not in said))
 
 def takes(
     model:nn.Module, # Causal LM
@@ -129,6 +130,7 @@ class Manner:
     strength:float # In the config's unit
     safety:bool # The floor
     vectors:dict[int, Tensor] # {layer: (d_model,)} of the persona, on the device
+    where:str='all' # 'all', 'prompt' or 'response': tokens that the persona is added to
 
 class Manners:
     "What the personas of a library do to a model"
@@ -147,6 +149,7 @@ class Manners:
         strength:float|None=None, # As in `SteeringEngine.set`
         safety:bool|None=None, # As in `SteeringEngine.set`
         layers:Sequence[int]|None=None, # Blocks after which the persona is added; None is the config's
+        where:str|None=None, # 'all', 'prompt' or 'response': to which tokens
         now:Manner|None=None, # What is left out stays as it is here; None is `plain`
     )->Manner:
         "Work out what is asked for; raises PersonaError"
@@ -154,7 +157,8 @@ class Manners:
         strength = now.strength if strength is None else self._strength(strength)
         found = now.persona if persona is ... else self._persona(persona)
         vectors = now.vectors if found is now.persona and layers is None else {l: found.vector[l].to(self.model.device) for l in self._layers(found, layers)} if found else {}
-        return Manner(found, strength, now.safety if safety is None else bool(safety), vectors)
+        if where not in (None, *SCOPES): raise PersonaError(f"where={str(where)[:40]!r}: must be one of {', '.join(SCOPES)}")
+        return Manner(found, strength, now.safety if safety is None else bool(safety), vectors, where or now.where)
 
     def _strength(self, x):
         most, unit = self.manager.config.steering.max_strength, self.manager.config.steering.unit
@@ -186,19 +190,20 @@ class Manners:
         floors, axis = self.manager.floors(), self.manager.safety_axis()
         return {l: axis[l].to(self.model.device) for l in floors['response']}, floors
 
-    def add(self, manner:Manner)->Add: # Of a manner with a persona
+    def add(self, manner:Manner, where:Scope='all')->Add: # Of a manner with a persona
         "What the persona does"
-        return Add(manner.vectors, manner.strength, list(manner.vectors), unit=self.manager.config.steering.unit, norms=self.norms)
+        return Add(manner.vectors, manner.strength, list(manner.vectors), where, self.manager.config.steering.unit, self.norms)
 
     def interventions(self,
         manner:Manner,
-        places:dict[str, tuple[int, ...]], # {'response' or 'last_prompt': positions}
+        places:dict[str, tuple[int, ...]], # As `Turn.places` gives them
     )->list[Intervention]:
         "What is done in one pass"
-        out = [self.add(manner)] if manner.vectors else []
+        where = 'all' if manner.where == 'all' else At(places[manner.where], manner.where)
+        out = [self.add(manner, where)] if manner.vectors and (where == 'all' or where.places) else []
         if not manner.safety: return out
         axis, floors = self.guard
-        return out + [Floor(axis, floors[kind], list(axis), where=At(at, kind)) for kind,at in places.items() if at]
+        return out + [Floor(axis, floors[kind], list(axis), where=At(places[kind], kind)) for kind in floors if places[kind]]
 
 class SteeringEngine:
     "Chats as a persona, with a floor on the safety axis; one conversation, one speaker at a time"
@@ -230,9 +235,11 @@ class SteeringEngine:
         persona:Any=..., # Name, blend as text or dict, Persona, or None for none; left out, it stays
         strength:float|None=None, # In the config's unit, either side of 0; None leaves it
         safety:bool|None=None, # The floor; None leaves it
+        layers:Sequence[int]|None=None, # Blocks after which the persona is added; None leaves them, and is the config's for another persona
+        where:str|None=None, # 'all', 'prompt' or 'response': to which tokens it is added; None leaves it
     )->'SteeringEngine': # Itself
         "Change what is done from the next token on; raises PersonaError and changes nothing when it cannot be done"
-        self._manner = self.manners.manner(persona, strength, safety, now=self._manner)
+        self._manner = self.manners.manner(persona, strength, safety, layers, where, self._manner)
         return self
 
     # Speaking
@@ -360,7 +367,7 @@ def inked(
     shown = [k for k in range(first, len(ids)) if tokenizer.decode([ids[k]], skip_special_tokens=True).strip()]
     return slice(shown[0], shown[-1] + 1) if shown else slice(0, 0)
 
-# %% ../nbs/12_engine.ipynb #cell-26
+# %% ../nbs/12_engine.ipynb #cell-28
 class Monitor:
     "Where the turns of a conversation are on some axes, against the answers of the plain assistant"
     def __init__(self,
