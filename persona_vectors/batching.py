@@ -183,8 +183,7 @@ def ear_of(
     manager:PersonaManager, # Has the axes
 )->Ear:
     "The assistant axis, where it has been made, else the safety axis, at the layer where personas are added"
-    made = (manager.config.data_dir/'vectors'/'assistant_axis.safetensors').exists()
-    axis = manager.assistant_axis() if made else manager.safety_axis()
+    axis = next(iter(manager.axes.values()))
     layer = max(manager.layers)
     monitor = Monitor({axis.name: axis}, manager.assistant_baseline(), layer)
     (layer, unit), (low, high) = monitor.axes[axis.name], monitor.bands[axis.name]
@@ -210,7 +209,7 @@ class Batcher:
         self.limit = getattr(text_config(self.model), 'max_position_embeddings', None) # Tokens of prompt and answer; None: the model does not say
         self.stops = stop_ids(self.model, self.tokenizer)
         self.steps = self.row_steps = 0 # Passes so far, and answers' tokens in them
-        self._rows:list[Job] = []; self._waiting:deque[Job] = deque(); self._shelf:Shelf|None = None; self._closing = False
+        self._rows:list[Job] = []; self._waiting:deque[Job] = deque(); self._shelf:Shelf|None = None; self._closing = self._now = False
         self._memory:Memory|None = None # In place of a shelf, where there is but one row
         self._changed = Condition()
         self._thread = Thread(target=self._run, name='batcher', daemon=True); self._thread.start()
@@ -255,7 +254,7 @@ class Batcher:
     def close(self, now:bool=False)->None: # Returns when its thread has ended
         "Finish what was asked for, or only the token it is at"
         with self._changed:
-            self._closing = True
+            self._closing, self._now = True, now
             if now:
                 for job in (*self._rows, *self._waiting): job.cancel()
             self._changed.notify_all()
@@ -304,6 +303,7 @@ class Batcher:
             own = Shelf(memory.cache, torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device))
             self._shelf = self._shelf.beside(own) if self._rows else own
         self._rows.append(job)
+        if self._now: job.cancel() # `close` did not see it: it was neither here nor in the queue
 
     def _speak(self):
         "Tokens, until somebody comes or goes"

@@ -105,7 +105,9 @@ class Memory:
     def feed(self, new:list[int])->Tensor: # (vocabulary,)
         "Logits after some more ids"
         ids, self.ids = self.ids, [] # a pass that is interrupted leaves keys of some layers only
-        out = self.model(input_ids=torch.tensor([new], device=self.model.device), past_key_values=self.cache, use_cache=True, **takes(self.model, logits_to_keep=1))
+        state = takes(self.model, cache_params=self.cache if ids else None) # instead of keys and values; the first pass makes it
+        out = self.model(input_ids=torch.tensor([new], device=self.model.device), use_cache=True, **(state or dict(past_key_values=self.cache)), **takes(self.model, logits_to_keep=1))
+        if state: self.cache = out.cache_params
         self.ids = ids + new
         return out.logits[0, -1]
 
@@ -120,7 +122,7 @@ def ready(
 )->str:
     "What of a text can be shown: not half a character, no white space that may be the end, no beginning of a stop string"
     text = cut_at(text.lstrip() if trim else text, stop).rstrip('\ufffd')
-    held = max((k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+    held = max((k for s in stop for k in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:k])), default=0)
     return text[:len(text) - held].rstrip() if trim else text[:len(text) - held]
 
 @dataclass(frozen=True)
@@ -419,6 +421,8 @@ class Monitor:
     def _row(self, name, turn, heard):
         (low, high), value = self.bands[name], heard.mean().item()
         return dict(turn=turn, axis=name, layer=self.axes[name][0], tokens=len(heard), value=value, low=low, high=high, drift=(value - (low + high)/2)/max((high - low)/2, 1e-9), outside=not low <= value <= high)
+
+    def forget(self)->None: self._rows = [] # The turns of another conversation
 
     def table(self)->list[dict]: # A row per turn and axis: mean projection in residual-stream units, band, drift, whether outside
         "For a data frame"

@@ -38,6 +38,10 @@ def row_seed(
     "The same for the same prompt, whatever else is generated"
     return int(hashlib.sha256(f'{seed} {sample} {list(prompt)}'.encode()).hexdigest()[:16], 16)
 
+def _pick(p, at):
+    steps = p.cumsum(-1)
+    return torch.searchsorted(steps, at*steps[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+
 def draw(
     scores:Tensor, # (n, vocabulary) logits
     temperature:Sequence[float], # (n,); 0 is greedy
@@ -48,13 +52,12 @@ def draw(
     likeliest = scores.argmax(-1)
     if not max(temperature): return likeliest
     t, share, at = (torch.as_tensor(x, dtype=torch.float32, device=scores.device)[:, None] for x in (temperature, top_p, numbers))
-    p, order = (scores.float()/t.where(t > 0, 1.)).softmax(-1), None
+    p = (scores.float()/t.where(t > 0, 1.)).softmax(-1)
+    token = _pick(p, at)
     if min(top_p) < 1:
         p, order = p.sort(-1, descending=True)
         p = p.where(p.cumsum(-1) - p < share, 0.) # the likeliest token always stays
-    steps = p.cumsum(-1)
-    token = torch.searchsorted(steps, at*steps[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-    if order is not None: token = order.gather(1, token)
+        token = token.where(share >= 1, order.gather(1, _pick(p, at))) # a row draws the same, whatever the others want
     return token[:, 0].where(t[:, 0] > 0, likeliest)
 
 class _RowSampling(LogitsProcessor):

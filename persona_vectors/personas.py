@@ -245,6 +245,12 @@ class PersonaManager:
         return assistant_axis(vectors, report=report)
 
     @property
+    def axes(self)->dict[str, Axis]: # {name: axis}
+        "The safety axis, and the assistant axis where it has been made: on a big model that takes long"
+        made = (self.config.data_dir/'vectors'/'assistant_axis.safetensors').exists()
+        return {a.name: a for a in ([self.assistant_axis()] if made else []) + [self.safety_axis()]}
+
+    @property
     def startup(self)->list[str]: # Names, in order
         "Personas that a chat or a server has at hand from the beginning; `startup = [...]` keeps them on disk"
         path = self.config.data_dir/'startup.json'

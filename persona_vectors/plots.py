@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'GROUP_COLORS', 'DIVERGING', 'log', 'cluster_order', 'plot_cosine_matrix', 'plot_pca', 'plot_scree',
-           'plot_split_half', 'plot_curves', 'plot_layers', 'plot_dots', 'plot_traits', 'plot_strength', 'plot_capping',
-           'save_figure']
+           'plot_split_half', 'plot_curves', 'plot_drift', 'plot_layers', 'plot_dots', 'plot_traits', 'plot_strength',
+           'plot_capping', 'save_figure']
 
 # %% ../nbs/12_plots.ipynb #cell-03
 import logging
@@ -45,22 +45,23 @@ def cluster_order(
 def plot_cosine_matrix(
     vectors:Mapping[str, Tensor]|CosineReport, # {name: (d_model,)}, or their cosines with intervals and ceilings
     title:str='Which personas point the same way?', # Above the figure
+    centered:bool=True, # Subtract the mean of all; False for what is a difference already, such as traits. A report says it itself
 )->go.Figure: # Heat map, ordered by clustering
-    "Centred cosine of every pair of personas"
+    "Cosine of every pair of personas"
     report = vectors if isinstance(vectors, CosineReport) else None
-    c, names = (from_numpy(report.cosines), report.names) if report else (cosine_matrix(vectors), list(vectors))
+    c, names = (from_numpy(report.cosines), report.names) if report else (cosine_matrix(vectors, centered), list(vectors))
     order = cluster_order(c)
     z, names = c[order][:, order].numpy().copy(), [names[i] for i in order]
     if report: np.fill_diagonal(z, [report.reliability[n] for n in names])
     hover = [[_pair_text(report, a, b) if report else f'cosine of {a} and {b}: {z[i, j]:.2f}' for j,b in enumerate(names)] for i,a in enumerate(names)]
-    fig = go.Figure(go.Heatmap(z=z.round(3), x=names, y=names, zmin=-1, zmax=1, colorscale=DIVERGING, text=hover, hovertemplate='%{text}<extra></extra>', xgap=1, ygap=1, colorbar=dict(title='cosine', thickness=12, len=.6, tickvals=[-1, -.5, 0, .5, 1])))
-    side, subtitle = 260 + 20*len(names), f'cosine of centred persona vectors, {len(names)} personas; unrelated ones average {-1/(len(names)-1):.2f}'
+    fig = go.Figure(go.Heatmap(z=z.round(3), x=names, y=names, zmin=-1, zmax=1, colorscale=DIVERGING, text=hover, hovertemplate='%{text}<extra></extra>', xgap=1, ygap=1, colorbar=dict(title='cosine', thickness=12, len=.6, tickvals=[-1, -.5, 0, .5, 1] if len(names) > 5 else [-1, 0, 1])))
+    side, subtitle = 260 + 20*len(names), f'cosine of centred persona vectors, {len(names)} personas; unrelated ones average {-1/(len(names)-1):.2f}' if centered else f'cosine of {len(names)} directions; unrelated ones are near 0'
     if report:
         same = [(a, b) for a in names for b in names if a != b and report.cosines[(k := (report.names.index(a), report.names.index(b)))] > 0 and report.high[k] >= report.ceiling[k]]
         fig.add_scatter(x=[a for a,_ in same], y=[b for _,b in same], mode='markers', marker=dict(symbol='circle-open', size=9, color=INK, line=dict(width=1.5)), hoverinfo='skip', showlegend=False)
         subtitle = f'{"centred" if report.centered else "raw"} cosines over {report.n_questions} questions; diagonal: reliability; <b>o</b>: at the noise ceiling, cannot be told apart'
     fig.update_layout(**_layout(title, subtitle, width=max(side + 60, 620), height=side, margin=dict(l=125, t=75, r=20, b=105)))
-    fig.update_xaxes(tickangle=-50, ticks='', showgrid=False, type='category', range=[-.5, len(names) - .5]); fig.update_yaxes(autorange='reversed', ticks='', showgrid=False, scaleanchor='x', type='category')
+    fig.update_xaxes(tickangle=-50, ticks='', showgrid=False, type='category', range=[-.5, len(names) - .5], constrain='domain', constraintoward='left'); fig.update_yaxes(autorange='reversed', ticks='', showgrid=False, scaleanchor='x', type='category')
     return fig
 
 def _pair_text(report, a, b): return report.pair(a, b) if a != b else f'{a}: reliability {report.reliability[a]:.2f}'
@@ -152,6 +153,36 @@ def plot_curves(
         fig.add_annotation(x=1.01, xref='paper', y=place, text=n, showarrow=False, xanchor='left', font=dict(color=color, size=12))
     fig.update_layout(**_layout(title, subtitle, width=760, height=400, showlegend=False, margin=dict(l=65, t=75, r=40 + 7*max(map(len, ys)), b=55)))
     fig.update_xaxes(title=x_title, gridcolor=GRID, zeroline=False, tickvals=x, ticktext=[f'{o:g}' for o in x]); fig.update_yaxes(title=y_title, gridcolor=GRID, zeroline=False, range=y_range)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #cell-20b
+def plot_drift(
+    rows:Sequence[Mapping], # One per turn and axis: 'axis', 'turn' from 0, 'value', 'low' and 'high' of the band (None for no band), and 'conversation' where there are several; as in `Monitor.table`
+    poles:Mapping[str, tuple[str, str]]|None=None, # {axis: (what it points from, what it points to)}
+    title:str|None=None, # Above the figure; None counts the turns outside of the band
+)->go.Figure: # A panel per axis
+    "Where each turn of the assistant is on some axes, and where its answers usually are"
+    if not rows: raise ValueError('rows=[]: nothing to draw')
+    axes, turns = list(dict.fromkeys(r['axis'] for r in rows)), {(r.get('conversation', 0), r['turn']) for r in rows}
+    several, last = len({c for c,_ in turns}) > 1, max(t for _,t in turns) + 1
+    outside = lambda r: r['low'] is not None and not r['low'] <= r['value'] <= r['high']
+    fig = make_subplots(rows=len(axes), cols=1, shared_xaxes=True, vertical_spacing=.1/len(axes))
+    for k,axis in enumerate(axes, 1):
+        mine = [r for r in rows if r['axis'] == axis]
+        for c in dict.fromkeys(r.get('conversation', 0) for r in mine):
+            talk = sorted((r for r in mine if r.get('conversation', 0) == c), key=lambda r: r['turn'])
+            fig.add_scatter(x=[r['turn'] + 1 for r in talk], y=[r['value'] for r in talk], mode='lines+markers', name=f'conversation {c + 1}' if several else axis, showlegend=False, line=dict(color='rgba(0, 114, 178, .35)' if several else GROUP_COLORS[0], width=1.2 if several else 2.5),
+                            marker=dict(size=7 if several else 11, color=[GROUP_COLORS[outside(r)] for r in talk], line=dict(width=1, color='white')), hovertemplate=(f'conversation {c + 1}, ' if several else '') + 'turn %{x}: %{y:.2f}<extra></extra>', row=k, col=1)
+        low, high = mine[0]['low'], mine[0]['high']
+        if low is not None: fig.add_hrect(low, high, fillcolor='#dde3e9', line_width=0, layer='below', row=k, col=1)
+        values = [r['value'] for r in mine] + ([] if low is None else [low, high]); room = .12*(max(values) - min(values)) or 1.
+        fig.update_yaxes(title=axis, range=[min(values) - room, max(values) + room], gridcolor=GRID, zeroline=False, row=k, col=1)
+        for text,y,side in zip((poles or {}).get(axis, ()), (0, 1), ('bottom', 'top')): fig.add_annotation(x=1.01, xref='paper', y=y, yref=f'y{k if k > 1 else ""} domain', text=('↓ ', '↑ ')[y] + text, showarrow=False, xanchor='left', yanchor=side, font=dict(color='#52606d'))
+    known, out = any(r['low'] is not None for r in rows), {(r.get('conversation', 0), r['turn']) for r in rows if outside(r)}
+    found = f"{len(out) or 'None'} of {len(turns)} turns {'leaves' if len(out) == 1 else 'leave'} the assistant's usual range" if known else f'{len(turns)} turns of the assistant'
+    words = max((len(o) for pair in (poles or {}).values() for o in pair), default=0)
+    fig.update_layout(**_layout(title or found, 'projection of each turn, in units of the residual stream' + ("; grey: the plain assistant's answers, orange: outside" if known else ''), width=760, height=130 + 190*len(axes), margin=dict(l=65, t=75, r=40 + 7*words, b=55)))
+    fig.update_xaxes(gridcolor=GRID, zeroline=False, range=[.7, last + .3], tickvals=list(range(1, last + 1)) if last <= 30 else None); fig.update_xaxes(title=dict(text='turn of the assistant', standoff=8), row=len(axes), col=1)
     return fig
 
 # %% ../nbs/12_plots.ipynb #cell-22

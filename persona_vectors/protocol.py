@@ -37,6 +37,7 @@ class ApiError(Exception):
 _IGNORED = ('user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key', 'parallel_tool_calls') # they change nothing in what is said
 _NEUTRAL = dict(frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), tools=([],), tool_choice=('none', 'auto'), functions=([],), response_format=({'type': 'text'},), modalities=(['text'],), echo=(False,), suffix=('',), best_of=(1,))
 _Int = Annotated[int, BeforeValidator(lambda x: _refuse_bool(x))]
+_Length = Annotated[_Int, Field(ge=1, le=2**31)]
 _Real = Annotated[float, BeforeValidator(lambda x: _refuse_bool(x))]
 
 def _refuse_bool(x):
@@ -97,8 +98,8 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     "POST /v1/chat/completions"
     messages:Annotated[list[Message], Field(min_length=1, max_length=2000)]
-    max_tokens:Annotated[_Int, Field(ge=1)]|None = None
-    max_completion_tokens:Annotated[_Int, Field(ge=1)]|None = None
+    max_tokens:_Length|None = None
+    max_completion_tokens:_Length|None = None
     logprobs:bool|None = None
     top_logprobs:Annotated[_Int, Field(ge=0, le=20)]|None = None
 
@@ -109,8 +110,8 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     "POST /v1/completions"
-    prompt:str|Annotated[list[str], Field(min_length=1, max_length=64)]|Annotated[list[int], Field(min_length=1)]|Annotated[list[list[int]], Field(min_length=1, max_length=64)]
-    max_tokens:Annotated[_Int, Field(ge=1)]|None = 16
+    prompt:str|Annotated[list[str], Field(min_length=1, max_length=64)]|Annotated[list[_Int], Field(min_length=1)]|Annotated[list[list[_Int]], Field(min_length=1, max_length=64)]
+    max_tokens:_Length|None = 16
     logprobs:Annotated[_Int, Field(ge=0, le=5)]|None = None
 
     @property

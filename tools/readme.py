@@ -22,6 +22,7 @@ def render():
         for o in c.get("outputs", []):  # a picture says it better than its JSON
             if "image/png" in o.get("data", {}): o["data"] = {"image/png": o["data"]["image/png"]}
     body, resources = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir="README_files", unique_key="README"))
+    body = body.replace("](images/", "](nbs/images/")  # the notebook lies in nbs/, README.md above it
     return BLANKS.sub("\n\n", body).strip() + "\n", resources.get("outputs", {})
 
 def main():
