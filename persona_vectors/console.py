@@ -68,8 +68,8 @@ def examples(
     return '\n\n'.join(['[bold]Examples[/]', *(f'  [cyan]persona-steer {escape(l)}[/]' for l in lines)])
 
 # %% ../nbs/15_console.ipynb #cell-15
-def stdout()->Console: return Console(width=None if sys.stdout.isatty() or 'COLUMNS' in os.environ else 160, highlight=False) # Results
-def stderr()->Console: return Console(stderr=True, highlight=False) # Everything else
+def stdout()->Console: return Console(width=None if sys.stdout.isatty() or 'COLUMNS' in os.environ else 160, highlight=False, force_jupyter=False) # Results
+def stderr()->Console: return Console(stderr=True, highlight=False, force_jupyter=False) # Everything else
 
 def say(text:str)->None: # Rich markup
     "Tell people how things are going"

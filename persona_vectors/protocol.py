@@ -61,7 +61,7 @@ class _Request(BaseModel):
     stream_options:dict[str, bool]|None = None
     strength:_Real|None = None
     safety:bool|None = None
-    layers:Annotated[list[_Int]|None, BeforeValidator(lambda x: [x] if isinstance(x, int) and not isinstance(x, bool) else x), Field(max_length=256)] = None
+    layers:Annotated[Annotated[list[_Int], Field(max_length=256)]|None, BeforeValidator(lambda x: [x] if isinstance(x, int) and not isinstance(x, bool) else x)] = None
     gauge:bool = False
 
     @model_validator(mode='before')

@@ -136,8 +136,6 @@ class Spoken:
     @property
     def rate(self)->float: return self.tokens/max(self.seconds, 1e-9) # Tokens per second
 
-def _kept(manager, name): return manager.config.data_dir/'vectors'/f'{name}.safetensors'
-
 class Chat:
     "A conversation with a steered model, and the commands that change it; knows nothing of a keyboard"
     def __init__(self,
@@ -166,6 +164,7 @@ class Chat:
     def _length(self): return f"{self.exchanges} exchange{'s'*(self.exchanges != 1)}"
 
     def remark(self, text:str): self.remarks.print(text, soft_wrap=self.alone) # Rich markup
+    def _note(self, text): self.remark(f'[dim]{escape(text)}[/]')
 
     def do(self,
         line:str, # What the user typed
@@ -186,15 +185,9 @@ class Chat:
         text:str, # Name of a persona, or a blend
     )->None:
         "Speak as somebody; who is in the catalog and not in the library is made"
-        from persona_vectors.catalog import ARCHETYPES, PERSONAS, find_persona
-        from persona_vectors.personas import parse_blend
-        names, there = parse_blend(text), self.manager.list()
-        for name in names: find_persona(name, dict.fromkeys([*there, *ARCHETYPES, *PERSONAS], '')) # before any is made
-        for name in names:
-            if name in there: continue
-            self.prepare(True)
-            self.remark(f'[dim]making {name} for {escape(self.model_name)}, once: its own answers as {name} are read[/]')
-            self.manager.create_from_archetype(name)
+        from persona_vectors.making import ensure
+        ensure(self.manager, text, self._note)
+        self.prepare(True)
         self.engine.set(text)
 
     def prepare(self,
@@ -202,8 +195,9 @@ class Chat:
     )->None:
         "Measure what steering needs, where it is not there yet, and listen"
         if self._monitor or not (steered or self.engine.persona or self.engine.safety): return
-        if not (_kept(self.manager, 'safety_axis').exists() and _kept(self.manager, 'assistant_baseline').exists()): self.remark(f'[dim]measuring {escape(self.model_name)}, once: its plain answers and its safety axis[/]')
         from persona_vectors.engine import Monitor
+        from persona_vectors.making import first_use
+        first_use(self.manager, self._note)
         self._monitor = self.engine.attach(Monitor(self.manager.axes, self.manager.assistant_baseline()))
 
     # Speaking

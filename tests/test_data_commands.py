@@ -42,9 +42,10 @@ def local(folder):
 
 @pytest.fixture(scope="module")
 def library(folder):
-    "A library with a ghost in it, and a calibration"
-    out, _ = run(folder, "calibrate", "strength", "ghost", "--layers", 2, 4, "--doses", 0, .3, .6, "--questions", 8, "--max-tokens", 24, "--no-png", "--json", PERSONA_STEER_EXTRACTION__QUESTIONS="8", PERSONA_STEER_EXTRACTION__MAX_TOKENS="32")
-    return json.loads(out)
+    "A library with a ghost in it, and a calibration; here and not in a process of its own, because the page runs that one"
+    line = ["calibrate", "strength", "ghost", "--layers", "2", "4", "--doses", "0", ".3", ".6", "--questions", "8", "--max-tokens", "24", "--no-png", "--json"]
+    done = CliRunner().invoke(app, line, env={"PERSONA_STEER_DATA_DIR": str(folder / "data"), "PERSONA_STEER_EXTRACTION__QUESTIONS": "8", "PERSONA_STEER_EXTRACTION__MAX_TOKENS": "32"})
+    return json.loads(done.stdout)
 
 def test_the_line_says_how_answers_are_sampled(local):
     with ResponseStore(local) as store: asked = [r for r, _ in store.answered()]

@@ -406,6 +406,7 @@ fields = st.sampled_from(["model", "messages", "prompt", "temperature", "top_p",
 @example(dict(seed=-1, n=2), True, None)
 @example(dict(temperature=1e-320, top_p=1e-320), True, None)
 @example(dict(temperature=1e-38, strength=-0.), True, None)
+@example(dict(layers=None), True, None)
 def test_any_body_is_answered_or_refused(servers, change, chatting, hurt):
     server = servers[0]
     body = json.dumps({**dict(model="sage", max_tokens=2), **(dict(messages=conversation("Hi")) if chatting else dict(prompt="A")), **change}).encode()
@@ -436,7 +437,8 @@ def test_meters_agree_with_what_was_sent(server):
     assert after["persona_steer_rows_running",] == after["persona_steer_rows_waiting",] == 0
     assert not [k for k in after if k[0] == "persona_steer_requests_total" and dict(k[1:])["status"] == "500"]
 
-def test_sigterm_lets_those_finish_who_speak(server):
+def test_sigterm_lets_those_finish_who_speak(servers):
+    server = servers[0]
     expected = [server.say("sage", STORY, temperature=1, seed=k, max_tokens=60) for k in range(4)]
     running = [server.ask("sage", STORY, temperature=1, seed=k, max_tokens=60, stream=True) for k in range(4)]
     begun = [next(r).choices[0].delta.content or "" for r in running]
