@@ -40,7 +40,7 @@ class Remote:
         import httpx
         from persona_vectors.settings import KEY
         key = os.environ.get(KEY)
-        try: found = httpx.request(method, self.url + path, headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=self.timeout, trust_env=False)
+        try: found = httpx.request(method, self.url + path, json=None if method == 'GET' else {}, headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=self.timeout, trust_env=False)
         except httpx.TimeoutException: raise RemoteError(f'the server at {self.url} did not answer within {self.timeout:g} s') from None
         except (httpx.HTTPError, httpx.InvalidURL) as e: raise RemoteError(f'the server at {self.url} cannot be reached ({e or type(e).__name__}); is it still running?') from None
         if found.status_code in (401, 403): raise RemoteError(f'the server at {self.url} wants its key: set {KEY} to the one it was started with')

@@ -41,7 +41,7 @@ class Server:
     @property
     def headers(self): return {"Authorization": f"Bearer {self.key}"} if self.key else {}
     def async_client(self): return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, timeout=60)
-    def ask(self, model="sage", text=QUESTION, **more): return self.client.chat.completions.create(**{**dict(model=model, messages=conversation(text), temperature=0, max_tokens=24), **more})
+    def ask(self, model="sage", text=QUESTION, **more): return self.client.chat.completions.create(**{**dict(model=model, messages=conversation(text), temperature=0, max_tokens=20), **more})
     def say(self, model="sage", text=QUESTION, **more): return self.ask(model, text, **more).choices[0].message.content
     def health(self): return self.http.get("/health").json()
     def idle(self, seconds=20): until(lambda: (lambda h: h["running"] == h["waiting"] == 0)(self.health()), seconds)
@@ -93,7 +93,7 @@ def narrow(servers): return servers[2]
 def alone(manager):
     "What the engine says, which knows no batches"
     engine = SteeringEngine(manager); plain = manager.config.steering
-    def say(persona, text=QUESTION, strength=plain.default_strength, safety=plain.safety, **sampling): return engine.set(persona, strength, safety).generate(conversation(text), **{**dict(max_tokens=24, temperature=0), **sampling})
+    def say(persona, text=QUESTION, strength=plain.default_strength, safety=plain.safety, **sampling): return engine.set(persona, strength, safety).generate(conversation(text), **{**dict(max_tokens=20, temperature=0), **sampling})
     return say
 
 # ---------------------------------------------------------------- the API
@@ -138,7 +138,7 @@ def test_a_stream_is_the_answer_in_pieces(server):
 def test_async(server):
     async def both():
         async with server.async_client() as client:
-            given = dict(model="trickster", messages=conversation(QUESTION), temperature=0, max_tokens=24)
+            given = dict(model="trickster", messages=conversation(QUESTION), temperature=0, max_tokens=20)
             whole = await client.chat.completions.create(**given)
             pieces = [c.choices[0].delta.content or "" async for c in await client.chat.completions.create(stream=True, **given)]
             return whole.choices[0].message.content, "".join(pieces), [m.id async for m in client.models.list()]
@@ -186,7 +186,7 @@ def test_sampling(server, alone):
     hot = dict(temperature=1.3, max_tokens=20)
     assert server.say(seed=7, **hot) == server.say(seed=7, **hot) == alone("sage", seed=7, **hot)
     assert len({server.say(seed=k, **hot) for k in range(3)}) == 3 and len({server.say(**hot) for _ in range(3)}) == 3
-    assert server.say(top_p=1e-6, seed=1, **hot) == server.say(max_tokens=20)
+    assert server.say(top_p=1e-6, seed=1, **hot) == server.say()
     assert server.say(top_p=.7, seed=3, **hot) == alone("sage", seed=3, top_p=.7, **hot)
     three = [c.message.content for c in server.ask(n=3, seed=7, **hot).choices]
     assert len(set(three)) == 3 and three[0] == server.say(seed=7, **hot)
@@ -228,12 +228,12 @@ def test_the_page(server):
 # ---------------------------------------------------------------- many at once
 
 async def stream(client, model, text, **more):
-    pieces = [c.choices[0].delta.content or "" async for c in await client.chat.completions.create(**{**dict(model=model, messages=conversation(text), temperature=0, max_tokens=48, stream=True), **more})]
+    pieces = [c.choices[0].delta.content or "" async for c in await client.chat.completions.create(**{**dict(model=model, messages=conversation(text), temperature=0, max_tokens=32, stream=True), **more})]
     return "".join(pieces)
 
 def test_sixteen_streams_of_four_personas_say_what_each_says_alone(server):
     pairs = [(m, q) for q in QUESTIONS for m in NAMES]
-    expected = [server.say(m, q, max_tokens=48) for m, q in pairs]
+    expected = [server.say(m, q, max_tokens=32) for m, q in pairs]
     before = server.meters()
     async def together():
         async with server.async_client() as client: return await asyncio.gather(*(stream(client, *p) for p in pairs))
@@ -335,9 +335,8 @@ def test_a_key_is_needed(narrow):
     assert [m.id for m in narrow.client.models.list()][0] == "persona-tiny" and KEY not in narrow.log.read_text()
 
 def test_not_for_everybody_without_a_key(manager):
-    s = Server(manager.config.data_dir, host="0.0.0.0")
-    assert s.process.wait(60) == 1 and "so a key is needed: set PERSONA_STEER_API_KEY" in s.log.read_text() and "Traceback" not in s.log.read_text()
-    s.process.stdout.close()
+    for host in ("0.0.0.0", "::", "example.org"):
+        with pytest.raises(ValueError, match="so a key is needed: set PERSONA_STEER_API_KEY"): serve(manager, host, 0)
     for key in ("short", "ключ ключ ключ", "tab\tand line\n"):
         with pytest.raises(ValueError, match="at least 8 printable"): serve(manager, "0.0.0.0", 0, key)
 
@@ -379,7 +378,7 @@ def test_what_is_not_for_this_server(server):
         error = seen(name, payload)
         assert error and error["code"] and error["message"], (name, statuses[name])
     assert statuses == {"text": 415, "form": 415, "untyped": 415, "host": 421, "other host": 421, "path": 404, "long path": 404, "odd path": 404, "method": 405, "put": 405, "get": 405, "declared": 413, "length": 413}
-    for junk in (b"\0"*100, b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0", http(server, body=ok, length="\xb2"), http(server, body=ok, length=-5), http(server, body=ok, length="9"*5000)):
+    for junk in (b"\0"*100 + b"\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", http(server, body=ok, length="\xb2"), http(server, body=ok, length=-5), http(server, body=ok, length="9"*5000)):
         answer = raw(server, junk); assert not answer or 400 <= int(answer.split()[1]) < 500, (junk[:60], answer[:200])
     assert server.http.post("/v1/chat/completions", content=ok, headers={"Content-Type": "application/json; charset=utf-8"}).status_code == 200
 
@@ -389,7 +388,7 @@ def test_large_bodies(server):
         assert e.value.status_code == 413 and "more than 2,097,152 bytes" in str(e.value)
         r = server.http.post("/v1/chat/completions", content=iter([b" "*2**16]*(size//2**16 + 1)), headers={"Content-Type": "application/json"}) # chunked: of unknown length
         assert is_error(r) == 413
-    with pytest.raises(BadRequestError, match="tokens"): server.ask(messages=conversation("a b "*500_000))
+    with pytest.raises(BadRequestError, match="tokens"): server.ask(messages=conversation("a b "*200_000))
     assert server.say(max_tokens=3)
 
 def test_a_long_stop_string_holds_nobody_up(server):
@@ -400,7 +399,7 @@ scalars = st.none() | st.booleans() | st.integers(-3, 20) | st.integers() | st.s
 anything = st.recursive(scalars, lambda o: st.lists(o, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "include_usage", "x"]), o, max_size=3), max_leaves=8)
 fields = st.sampled_from(["model", "messages", "prompt", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", "strength", "safety", "layers", "gauge", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "logit_bias", "user", "best_of", "echo", "response_format", "nonsense"])
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(fields, anything, max_size=4), st.booleans(), st.none() | st.tuples(st.floats(0, 1), st.binary(max_size=4)))
 @example(dict(seed=10**400), True, None)
 @example(dict(seed=-1, n=2), True, None)
@@ -439,8 +438,8 @@ def test_meters_agree_with_what_was_sent(server):
 
 def test_sigterm_lets_those_finish_who_speak(servers):
     server = servers[0]
-    expected = [server.say("sage", STORY, temperature=1, seed=k, max_tokens=60) for k in range(4)]
-    running = [server.ask("sage", STORY, temperature=1, seed=k, max_tokens=60, stream=True) for k in range(4)]
+    expected = [server.say("sage", STORY, temperature=1, seed=k, max_tokens=50) for k in range(3)]
+    running = [server.ask("sage", STORY, temperature=1, seed=k, max_tokens=50, stream=True) for k in range(3)]
     begun = [next(r).choices[0].delta.content or "" for r in running]
     server.process.send_signal(signal.SIGTERM)
     def refuses():
