@@ -21,12 +21,21 @@ from .terminal import app as terminal
 from .trait_commands import app as trait_commands
 
 # %% ../nbs/17_cli.ipynb #cell-05
-app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode='rich', context_settings=SPELLING, pretty_exceptions_enable=False, help='Persona vectors: extract, measure, look, steer.', epilog=examples('demo', 'chat --persona sage', 'generate "What is truth?" --persona sage', 'serve'))
+app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode='rich', context_settings=SPELLING, pretty_exceptions_enable=False, help='Persona vectors: extract, measure, look, steer.',
+                  epilog=examples('demo', 'chat --persona sage', 'generate "What is truth?" --persona sage', 'serve') + '\n\n[bold]Exit codes[/]\n\n  0 done; 1 an error you can mend; 2 wrong usage; 3 partly done, what is finished is kept; 130 stopped by Ctrl-C')
 for part in (terminal, library_commands, trait_commands, data_commands, doctor): app.add_typer(part)
 _state = dict(debug=False)
 
+def _tell_version(wanted):
+    if not wanted: return
+    from importlib.metadata import version
+    print(version('persona-steer')); raise typer.Exit
+
 @app.callback()
-def _options(debug:Annotated[bool, typer.Option(help='Show the traceback of an error.')]=False):
+def _options(
+    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]=False,
+    version:Annotated[bool, typer.Option('--version', callback=_tell_version, is_eager=True, help='Print the version.')]=False,
+):
     _state['debug'] = debug
 
 def main():
@@ -60,7 +69,7 @@ def _print_demo(demo, out:Console):
     out.print('\n[bold]Files[/]')
     for f in demo.files: out.print(f'  {f}', highlight=False, soft_wrap=True)
     command = 'persona-steer' if shutil.which('persona-steer') else sys.argv[0] # in make's environment it is not on the PATH
-    out.print(f'\n[bold]Next[/]: look at the pictures (open the .html files in a browser), then\n  {escape(command)} generate "What is truth?" --persona jester\n  make lab        [dim]# opens the tutorials; start with 01_quickstart.ipynb[/]', highlight=False, soft_wrap=True)
+    out.print(f'\n[bold]Next[/]: look at the pictures (open the .html files in a browser), then\n  {escape(command)} chat --persona sage\n  make lab        [dim]# opens the tutorials; start with 01_quickstart.ipynb[/]', highlight=False, soft_wrap=True)
 
 @app.command(epilog=examples('demo', 'demo --steer-to jester'))
 def demo(

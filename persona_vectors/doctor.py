@@ -7,7 +7,6 @@ __all__ = ['app', 'gb', 'parameters', 'examine', 'basics_work', 'doctor']
 
 # %% ../nbs/16_doctor.ipynb #cell-03
 import os, platform, shutil, sys, time
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from .remote import running_server
 def _row(group, what, value, ok=None, remedy=''): return dict(group=group, what=what, value=value, ok=ok, remedy=remedy)
 
 def _version(name):
+    from importlib.metadata import PackageNotFoundError, version
     try: return version(name)
     except PackageNotFoundError: return None
 
 def _requirements():
     "{extra: names of its packages}; '' has what everybody needs"
+    from importlib.metadata import requires
     from packaging.requirements import Requirement
     out = {}
     for r in map(Requirement, requires('persona-steer') or ()):
