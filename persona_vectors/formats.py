@@ -7,10 +7,10 @@ __all__ = ['SOURCES', 'ABOUT_IN_GGUF', 'VectorFileError', 'require_vector_file',
            'save_persona_vectors', 'load_persona_vectors', 'import_vectors']
 
 # %% ../nbs/09_formats.ipynb #cell-03
-import json, pickle, struct, zipfile
+import base64, json, math, pickle, struct, zipfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,6 +111,7 @@ def _read(path, read):
     "What `read` makes of the file, or one clear error"
     if not path.is_file(): raise VectorFileError(f'{path}: no such file')
     try: return read(path)
+    except VectorFileError: raise # which says what is wrong
     except _DAMAGED as e:
         raise VectorFileError(f'{path}: damaged, or not a plain file of tensors ({str(e).splitlines()[0] if str(e) else type(e).__name__}); make it again, and do not load pickled code') from None
 
@@ -166,7 +167,7 @@ def load_persona_vectors(
     return found
 
 # %% ../nbs/09_formats.ipynb #cell-20
-SOURCES = ('persona_vectors', 'assistant-axis', 'gguf')
+SOURCES = ('persona_vectors', 'assistant-axis', 'gguf', 'easysteer', 'vllm-lens')
 ABOUT_IN_GGUF = 'persona_steer.about' # Where a control vector of this package says what it came from
 
 def _read_gguf(path):
@@ -181,10 +182,34 @@ def _read_gguf(path):
     rows = {int(t.name.removeprefix('direction.')):torch.from_numpy(np.array(t.data, dtype=np.float32)) for t in found}
     if len(rows) < len(found): raise VectorFileError(f'{path}: two directions of one layer; llama.cpp adds them up, so make one of them')
     if not rows: raise VectorFileError(f'{path}: a control vector without any direction.k')
-    if 0 in rows: raise VectorFileError(f'{path}: has direction.0, which llama.cpp refuses; which layer is meant cannot be told')
+    easysteer = field('controlvector.method') is not None # it alone writes how a vector was found, and counts from 0
+    if 0 in rows and not easysteer: raise VectorFileError(f'{path}: has direction.0, which llama.cpp refuses; which layer is meant cannot be told')
+    if (part := json.loads(field('controlvector.easysteer') or '{}').get('component')) not in (None, 'hidden_states'): raise VectorFileError(f'{path}: a direction for {part!r}, where the residual stream is needed')
     if len({len(v) for v in rows.values()}) > 1: raise VectorFileError(f'{path}: its directions differ in width')
     own = json.loads(field(ABOUT_IN_GGUF) or '{}')
-    return dict(sorted(rows.items())), dict(own if isinstance(own, dict) else {}, model_hint=field('controlvector.model_hint'))
+    return dict(sorted(rows.items())), dict(own if isinstance(own, dict) else {}, model_hint=field('controlvector.model_hint'), source='easysteer' if easysteer else 'gguf')
+
+_NUMPY = {'float32': np.float32, 'float16': np.float16, 'float64': np.float64, 'int16': np.int16} # the last holds bfloat16
+
+def _tensor_of(o):
+    "(n_layers, d_model) of what vllm-lens makes of a tensor for JSON"
+    raw = base64.b64decode(o['data'], validate=True)
+    if o.get('compression'):
+        try: from zstandard import ZstdDecompressor, ZstdError
+        except ImportError: raise ImportError(f"this file is compressed ({o['compression']}): pip install zstandard") from None
+        try: raw = ZstdDecompressor().decompress(raw, max_output_size=8*math.prod(o['shape']))
+        except ZstdError as e: raise ValueError(e) from None
+    x = torch.from_numpy(np.frombuffer(raw, _NUMPY[o['dtype']]).reshape(o['shape']).copy())
+    return (x.view(torch.bfloat16) if o['dtype'] == 'int16' else x).float()
+
+def _read_lens(path):
+    "(rows, layers) of a steering vector of vllm-lens"
+    o = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(o, dict) or not {'activations', 'layer_indices'} <= set(o): raise VectorFileError(f'{path}: no steering vector of vllm-lens, which has "activations" and "layer_indices"')
+    if o.get('norm_match'): raise VectorFileError(f'{path}: norm_match gives the vector the length of each token it is added to, so it is no vector of its own; set norm_match to false')
+    rows = _tensor_of(o['activations'])
+    if rows.ndim != 2 or o.get('position_indices') is not None: raise VectorFileError(f'{path}: one vector per token position, of shape {tuple(rows.shape)}, where (layers, d_model) for all tokens is needed')
+    return rows*float(o.get('scale', 1.)), [int(l) for l in o['layer_indices']]
 
 def _theirs(path, tensor, n, source, n_layers):
     "'persona_vectors' or 'assistant-axis', by what was said or by the number of rows"
@@ -196,36 +221,50 @@ def _theirs(path, tensor, n, source, n_layers):
     return source
 
 def import_vectors(
-    path:str|Path, # .pt or .gguf of another tool
+    path:str|Path, # .pt, .gguf or .json of another tool
     source:str|None=None, # One of `SOURCES`; None where the file tells
     n_layers:int|None=None, # Depth of the model; tells conventions apart, and is checked
     model:nn.Module|None=None, # Model it is for; a vector of another width or depth is refused
-)->Vector: # With our layer numbers
+    layers:Sequence[int]|None=None, # Where a bare (d_model,) belongs
+)->Vector: # With our layer numbers; an Axis where its two means are in the file
     "Read another tool's vector; raises VectorFileError where its layers cannot be told"
-    found = _imported(Path(path), *_rows_of(Path(path), source, depth(model) if n_layers is None and model is not None else n_layers))
+    found = _imported(Path(path), *_rows_of(Path(path), source, depth(model) if n_layers is None and model is not None else n_layers, layers))
     if model is not None:
         try: require_model(found, model)
         except VectorError as e: raise VectorFileError(f'{path}: {e}') from None
     return found
 
-def _rows_of(path, source, n_layers):
+def _rows_of(path, source, n_layers, layers=None):
     "(rows, their layers, what is known about them)"
     if source not in (None, *SOURCES): raise VectorFileError(f'source={source!r}: must be one of {", ".join(SOURCES)}, or None')
+    if layers is not None and path.suffix != '.pt': raise VectorFileError(f'{path}: layers={list(layers)}: the file says of which layers it is; take .at(...) of what is read')
     if path.suffix == '.gguf':
         rows, about = _read(path, _read_gguf)
         if n_layers is not None and max(rows) >= n_layers: raise VectorFileError(f'{path}: has direction.{max(rows)}, the model has layers 0 to {n_layers - 1}')
-        return torch.stack(list(rows.values())), list(rows), dict(about, source='gguf')
-    if source == 'gguf': raise VectorFileError(f'{path}: source=\'gguf\' is for .gguf files')
-    if path.suffix != '.pt': raise VectorFileError(f'{path}: other tools write .pt or .gguf, not {path.suffix!r}')
+        return torch.stack(list(rows.values())), list(rows), about
+    if path.suffix == '.json': return *_read(path, _read_lens), dict(source='vllm-lens')
+    if source in ('gguf', 'vllm-lens'): raise VectorFileError(f"{path}: source={source!r} is for {'.gguf' if source == 'gguf' else '.json'} files")
+    if path.suffix != '.pt': raise VectorFileError(f'{path}: other tools write .pt, .gguf or .json, not {path.suffix!r}')
     found, _ = _read(path, _read_pt)
+    about = {}
     if isinstance(found, dict):
         key = next((k for k in ('axis', 'vector') if isinstance(found.get(k), Tensor)), None)
         if key is None: raise VectorFileError(f'{path}: a dict with {", ".join(map(repr, list(found)[:5]))}, and neither "axis" nor "vector"; if it is {{name: tensor}}, use load_vectors')
-        found, source = found[key], source or 'assistant-axis'
+        if all(isinstance(found.get(k), Tensor) for k in _MEANS): about = dict(means=[found[k] for k in _MEANS], **{k:found[k] for k in ('n_default', 'n_roles') if isinstance(found.get(k), int)})
+        found, source, about = found[key], source or 'assistant-axis', dict(about, **{k:found[k] for k in ('role', 'type') if isinstance(found.get(k), str)})
+    if isinstance(found, Tensor) and found.ndim == 1:
+        if layers is None: raise VectorFileError(f'{path}: one vector of width {len(found)}; of which layer? import_vectors(path, layers=[15])')
+        return found.repeat(len(layers), 1), list(layers), dict(about, source=source or 'easysteer')
     if not isinstance(found, Tensor) or found.ndim != 2: raise VectorFileError(f'{path}: {type(found).__name__}{f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""}, where (rows, d_model) is needed')
+    if layers is not None: raise VectorFileError(f'{path}: layers={list(layers)} for {len(found)} rows: layers= is for a single vector; take .at(...) of what is read')
     source = _theirs(path, found, len(found), source, n_layers)
-    return found[1:-1] if source == 'persona_vectors' else found, None, dict(source=source)
+    return found[1:-1] if source == 'persona_vectors' else found, None, dict(about, source=source)
+
+_MEANS = ('default_mean', 'role_mean') # of an axis of assistant-axis
 
 def _imported(path, rows, layers, about):
-    try: return Vector(rows, layers, str(about.pop('name', path.stem)), dict(about, file=path.name))
+    means, name, about = about.pop('means', None), str(about.pop('name', about.pop('role', path.stem))), dict(about, file=path.name)
+    if layers is None and rows.is_floating_point() and (empty := rows.isnan().all(1)).any() and not empty.all(): # rows somebody left open
+        layers = (~empty).nonzero().flatten().tolist(); rows, means = rows[layers], means and [m[layers] for m in means]
+    try: return Vector(rows, layers, name, about) if means is None else Axis(rows, layers, name, about, *means, poles=('roles', 'default assistant'))
     except VectorError as e: raise VectorFileError(f'{path}: {e}') from None
