@@ -225,7 +225,7 @@ def test_bad_tables(trait_file, tmp_path):
         with pytest.raises(ResponseError, match=words): import_eval_csv(path, trait)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ResponseError, match="not a table"): import_eval_csv(path)
-    path.write_text(head + "q,rendered,,openness_0,\nq,rendered,I am sorry, I cannot help.,openness_0,nan\n") # without instructions, as when a model is steered
+    path.write_text(head + "q,rendered,,openness_0,\nq,rendered,Sorry I cannot help.,openness_0,nan\n") # without instructions, as when a model is steered
     rows, scores = import_eval_csv(path)
     assert [(r.persona, r.prompt, r.sample, a.status) for r, a in rows] == [("t", None, 0, "empty"), ("t", None, 1, "refused")]
     assert [v.status for v in scores["openness"]] == ["unparsed", "unparsed"]
