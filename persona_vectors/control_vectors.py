@@ -12,7 +12,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from .files import atomic_write
-from .vectors import Vector, VectorError, require_model
+from .vectors import Vector, require_model
 from .formats import ABOUT_IN_GGUF, VectorFileError
 from .interventions import Add, Dial, Intervention, SteeringError
 
