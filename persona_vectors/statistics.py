@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['auc', 'weighted_auc', 'd_prime', 'LayerStatistics', 'reading', 'DirectionReport', 'expanded_interval',
-           'direction_report']
+           'direction_report', 'held_out_projections']
 
 # %% ../nbs/07_statistics.ipynb #cell-03
 import warnings
@@ -297,3 +297,20 @@ def _inner_auc(score, y, kept, tests, mine):
     if any(np.delete(y[kept], t).all() or not np.delete(y[kept], t).any() for t in tests): return .5
     found = float(_over_folds(score(kept, y[kept][:, None], tests)[at, 0], y[kept][at], parts))
     return .5 if np.isnan(found) else found
+
+# %% ../nbs/07_statistics.ipynb #cell-37
+def held_out_projections(
+    on:Tensor, # (n, d_model) at one layer
+    off:Tensor, # (m, d_model)
+    questions_on:Sequence[Hashable], # (n,) which question each row of `on` answers
+    questions_off:Sequence[Hashable], # (m,) the same of `off`
+    folds:int=5, # At most; there are no more than questions
+)->tuple[np.ndarray, np.ndarray]: # (n,) and (m,), residual-stream units
+    "Each row on the difference of means of the other questions' rows"
+    x, y, asked = _checked(on, off, questions_on, questions_off)
+    if x.shape[1] != 1: raise ValueError(f'{x.shape[1]} layers: one at a time')
+    g = np.unique(np.array(asked), return_inverse=True)[1]
+    if g.max() < 1: raise ValueError('all rows answer one question: at least two are needed, one to make a direction and one to test it')
+    h = x[:, 0].float(); h = h - h.mean(0)
+    scores = _held_out((h @ h.T).numpy(), y[:, None], _folds(g, min(folds, g.max() + 1)))[:, 0]
+    return scores[y], scores[~y]

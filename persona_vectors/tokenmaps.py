@@ -10,7 +10,7 @@ import html
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 from plotly.colors import sample_colorscale
-from .plots import DIVERGING
+from .canvas import DIVERGING, GROUP_COLORS
 
 # %% ../nbs/13_tokenmaps.ipynb #cell-06
 @dataclass(frozen=True)
@@ -47,5 +47,5 @@ def side_by_side(
 )->Picture:
     "Answers in columns"
     body = lambda a: a.html if isinstance(a, Picture) else f'<div style="line-height:1.75;white-space:pre-wrap">{html.escape(a)}</div>'
-    column = lambda title, a: f'<div style="border-top:3px solid #0072b2;padding:6px 2px"><div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div>{body(a)}</div>'
+    column = lambda title, a: f'<div style="border-top:3px solid {GROUP_COLORS[0]};padding:6px 2px"><div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div>{body(a)}</div>'
     return Picture(f'<div style="display:grid;gap:18px;grid-template-columns:repeat(auto-fit,minmax({width}px,1fr));text-align:left">{"".join(column(*o) for o in answers.items())}</div>')

@@ -23,7 +23,8 @@ from .extraction import ActivationExtractor
 from .formats import load_vectors
 from .generation import generate_local
 from .interventions import Add
-from .plots import plot_cosine_matrix, plot_layers, plot_traits, save_figure
+from .canvas import save_figure
+from .plots import plot_cosine_matrix, plot_layers, plot_traits
 from .projections import project_turns
 from .steering import steer
 from .traits import Traits, as_extractor, extract_traits

@@ -48,10 +48,10 @@ def as_extractor(
     if isinstance(model, tuple) and len(model) == 2: return ActivationExtractor(config, *model)
     raise TypeError(f'model is {type(model).__name__}: it must be a name, a folder, a Hugging Face model, (model, tokenizer), a config or an ActivationExtractor')
 
-def _answers(extractor, personas, questions, backend, store, progress):
+def _answers(extractor, personas, questions, backend, store, keep, progress):
     "Responses of the extractor's own model, whether a config names it or not"
     config = extractor.config
-    if backend == 'api' or not extractor.given: return generate_responses(personas, questions, config, backend=backend, store=store, progress=progress)
+    if backend == 'api' or not extractor.given: return generate_responses(personas, questions, config, backend=backend, store=store, keep=keep, progress=progress)
     asked = [(p, q) for p in personas for q in questions]
     found = dict(iter_local(extractor.model, extractor.tokenizer, [conversation(q, personas[p]) for p,q in asked], **sampling_of(config)))
     return Responses({k:found[i].text for i,k in enumerate(asked)}, marks={k:found[i].status for i,k in enumerate(asked) if found[i].status != 'ok'})
@@ -91,9 +91,9 @@ def trait_activations(
     rows = extractor.extract([conversation(q, prompts[f'{trait.name} {p} {k}'], text) for p,words in sides for (k,q),text in zip(pairs, texts[words])], layers, where=where, progress=progress)
     read = dict(zip(sides, rows.split(len(pairs))))
     about = provenance(extractor, keep=sorted(keep), judged=judge is not None, where=where)
-    make = lambda rows: Activations(rows, dict.fromkeys(rows, asked*(len(next(iter(rows.values())))//len(asked))), layers, about)
+    make = lambda rows, answers={}: Activations(rows, dict.fromkeys(rows, asked*(len(next(iter(rows.values())))//len(asked))), layers, about, answers)
     same = {p:torch.cat([read[p, 'on'], read[p, 'off']]) for p in ('on', 'off')} if same_text else None
-    return make({s:read[s, s] for s in ('on', 'off')}), same and make(same)
+    return make({s:read[s, s] for s in ('on', 'off')}, texts), same and make(same)
 
 def trait_vector(
     activations:Activations, # With groups 'on' and 'off'
@@ -133,7 +133,7 @@ def extract_trait(
     if not trait.pairs: raise VectorError(f'{trait.name}: has no pairs of prompts; add at least one, with on and off')
     extractor = as_extractor(model, config)
     questions = _questions(trait, n_samples)
-    if responses is None: responses = _answers(extractor, trait_personas(trait), questions, backend, store, progress)
+    if responses is None: responses = _answers(extractor, trait_personas(trait), questions, backend, store, keep, progress)
     activations, same = trait_activations(extractor, trait, questions, responses, layers, same_text, judge, keep, where, progress)
     return trait_vector(activations, trait.name, method, same, progress=progress, **statistics)
 

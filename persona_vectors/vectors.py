@@ -289,11 +289,13 @@ class Activations(_Named):
     questions:dict[str, list[str]] # {name: the question of each row}
     layers:tuple[int, ...]|None=None # As in `PersonaVectors`
     about:dict[str, Any]=field(default_factory=dict) # As in `Vector`
+    answers:dict[str, list[str]]=field(default_factory=dict) # {name: the text of each row}, to look at; not kept in files
 
     def __post_init__(self):
         self._check_rows((2, 3), 'activations of')
         for k,x in self.rows.items():
             if len(self.questions.get(k, ())) != len(x): raise VectorError(f'{k!r} has {len(x)} rows and {len(self.questions.get(k, ()))} questions: one per row')
+            if k in self.answers and len(self.answers[k]) != len(x): raise VectorError(f'{k!r} has {len(x)} rows and {len(self.answers[k])} answers: one per row')
         first = next(iter(self.rows.values()))
         if first.ndim == 3 or self.layers is not None: object.__setattr__(self, 'layers', _layers(self.layers, 1 if first.ndim == 2 else first.shape[1], 'each row'))
 
@@ -301,10 +303,10 @@ class Activations(_Named):
 
     def at(self, layer:int)->'Activations': # {name: (n, d_model)}
         if self.layers is None or layer not in self.layers: raise VectorError(f"no layer {layer}; there {'is ' + _short(self.layers) if self.layers else 'are no layer numbers'}")
-        return Activations({k:x if x.ndim == 2 else x[:, self.layers.index(layer)] for k,x in self.items()}, self.questions, (layer,), self.about)
+        return Activations({k:x if x.ndim == 2 else x[:, self.layers.index(layer)] for k,x in self.items()}, self.questions, (layer,), self.about, self.answers)
 
     def only(self, names:Iterable[str])->'Activations': # These groups, in this order
-        names = list(names); return Activations({k:self[k] for k in names}, {k:self.questions[k] for k in names}, self.layers, self.about)
+        names = list(names); return Activations({k:self[k] for k in names}, {k:self.questions[k] for k in names}, self.layers, self.about, {k:a for k,a in self.answers.items() if k in names})
 
     def pool(self, names:Iterable[str])->tuple[Tensor, list[str]]: # (all rows of these groups, their questions)
         names = list(names); return torch.cat([self[k] for k in names]), [q for k in names for q in self.questions[k]]
@@ -331,7 +333,7 @@ def persona_activations(
     for p,qs in asked.items():
         if not qs: raise ResponseError(f'all responses of {p!r} are left out; look at them, generate them again (longer max_tokens?), or pass keep=("ok", "truncated")')
     acts = extractor.extract_activations(*(list(o) for o in zip(*((personas[p], q, r) for (p,q),r in used.items()))), layer=layer, progress=progress)
-    return Activations(dict(zip(personas, acts.split([len(qs) for qs in asked.values()]))), asked, tuple(extractor.layers(layer)), provenance(extractor, keep=sorted(keep)))
+    return Activations(dict(zip(personas, acts.split([len(qs) for qs in asked.values()]))), asked, tuple(extractor.layers(layer)), provenance(extractor, keep=sorted(keep)), {p:[used[p, q] for q in qs] for p,qs in asked.items()})
 
 def extract_persona_vectors(
     extractor:Any, # An ActivationExtractor
