@@ -77,7 +77,7 @@ def _unique(pairs:list[tuple[Any, Any]])->dict:
     if twice: raise CatalogError(f'{twice[0]!r} is there twice; rename or remove one')
     return dict(pairs)
 
-class _Loader(yaml.SafeLoader): "YAML without code and without repeated keys"
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): "YAML without code and without repeated keys; in C where it can be, since every command reads the catalog"
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k,v in node.value]))
 
 def _read(path:str|Path)->Any:

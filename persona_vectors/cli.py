@@ -7,23 +7,35 @@ __all__ = ['app', 'main', 'demo', 'serve']
 
 # %% ../nbs/17_cli.ipynb #cell-03
 import shutil, sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from .console import Config, Model, SPELLING, examples, library, say
-from .data_commands import app as data_commands
-from .doctor import app as doctor
-from .library_commands import app as library_commands
-from .terminal import app as terminal
-from .trait_commands import app as trait_commands
+from typer.core import TyperGroup
+from .console import Config, Model, SPELLING, examples, library, of_personas, say
 
 # %% ../nbs/17_cli.ipynb #cell-05
-app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode='rich', context_settings=SPELLING, pretty_exceptions_enable=False, help='Persona vectors: extract, measure, look, steer.',
+_PARTS = dict(terminal='chat', library_commands='generate init config extract-axes extract create list info load unload delete', trait_commands='extract-trait analyze batch steer project', data_commands='judge export responses calibrate', doctor='doctor')
+_WHERE = {name:part for part,names in _PARTS.items() for name in names.split()}
+
+class _Door(TyperGroup):
+    "Imports a module of commands when one of them is named"
+    def list_commands(self, ctx): return [*(k for k in self.commands if k not in _WHERE), *_WHERE]
+
+    def get_command(self, ctx, name):
+        if name in _WHERE and name not in self.commands: self.commands.update(typer.main.get_group(import_module(f'persona_vectors.{_WHERE[name]}').app).commands)
+        return super().get_command(ctx, name)
+
+    def resolve_command(self, ctx, args):
+        if self.get_command(ctx, args[0].replace('_', '-')) is None:
+            for name in _WHERE: self.get_command(ctx, name) # whoever mistypes is told what is near
+        return super().resolve_command(ctx, args)
+
+app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=True, rich_markup_mode='rich', context_settings=SPELLING, pretty_exceptions_enable=False, help='Persona vectors: extract, measure, look, steer.',
                   epilog=examples('demo', 'chat --persona sage', 'generate "What is truth?" --persona sage', 'serve') + '\n\n[bold]Exit codes[/]\n\n  0 done; 1 an error you can mend; 2 wrong usage; 3 partly done, what is finished is kept; 130 stopped by Ctrl-C')
-for part in (terminal, library_commands, trait_commands, data_commands, doctor): app.add_typer(part)
 _state = dict(debug=False)
 
 def _tell_version(wanted):
@@ -74,7 +86,7 @@ def _print_demo(demo, out:Console):
 @app.command(epilog=examples('demo', 'demo --steer-to jester'))
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for all files.')]=Path('data/demo'),
-    steer_to:Annotated[str, typer.Option(help='Persona to steer to.')]='ghost',
+    steer_to:Annotated[str, typer.Option(autocompletion=of_personas, help='Persona to steer to.')]='ghost',
     question:Annotated[str, typer.Option(help='Question asked while steering.')]='Why do people tell stories?',
     png:Annotated[bool, typer.Option(help='Write PNG files too, where Chrome or Chromium is installed.')]=True,
 ):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 import typer
 from rich.markup import escape
-from .console import SPELLING, Config, Json, Model, Spread, examples, library, say, settings_of, show, show_json
+from .console import SPELLING, Config, Json, Model, Spread, anybody, examples, in_catalog, library, say, settings_of, show, show_json
 
 # %% ../nbs/16_data_commands.ipynb #cell-05
 _PANEL = 'Data and judging'
@@ -109,7 +109,7 @@ def _worked(store, as_json, work:Callable[[], Any]):
                    epilog=examples('responses generate --store answers.sqlite --personas ghost jester --questions 6', 'responses generate --store answers.sqlite --all --dry-run', 'responses generate --store gemma.sqlite --all --model google/gemma-3-27b-it --backend api --samples 3'))
 def responses_generate(
     store:Annotated[Path, typer.Option(metavar='FILE', help='Receives the answers; made if it is not there.', show_default=False)],
-    personas:Annotated[Optional[list[str]], typer.Option(help='Personas or archetypes of the catalog.', show_default=False)]=None,
+    personas:Annotated[Optional[list[str]], typer.Option(autocompletion=in_catalog, help='Personas or archetypes of the catalog.', show_default=False)]=None,
     personas_file:Annotated[Optional[Path], typer.Option(help='Your own: a YAML or JSON file, name: system prompt.', show_default=False)]=None,
     everybody:Annotated[bool, typer.Option('--all', help='All personas of the catalog.')]=False,
     questions:Annotated[Optional[int], typer.Option(min=1, help='The first so many. [dim]Default: all.[/]', show_default=False)]=None,
@@ -297,7 +297,7 @@ def _told(rows, columns, text, lines, files, mark):
 
 @calibrate.command('strength', cls=Spread, epilog=examples('calibrate strength sage', 'calibrate strength ghost --layers 2 4 5 --doses 0 .3 .45 .6 .75', 'calibrate strength openness.npz --rubric trait:openness'))
 def strength(
-    what:Annotated[str, typer.Argument(metavar='PERSONA|FILE', help='A persona of the library (one of the catalog is made), or a vector file.', show_default=False)],
+    what:Annotated[str, typer.Argument(metavar='PERSONA|FILE', autocompletion=anybody, help='A persona of the library (one of the catalog is made), or a vector file.', show_default=False)],
     layers:Annotated[Optional[list[int]], typer.Option(help='Layers to try. [dim]Default: four depths.[/]', show_default=False)]=None,
     doses:Annotated[Optional[list[float]], typer.Option(help='Doses to try, 0 among them, in the unit of the config. [dim]Default: what suits the unit.[/]', show_default=False)]=None,
     questions:Annotated[Optional[int], typer.Option(min=4, help='The first so many; half choose, half confirm. [dim]Default: 18.[/]', show_default=False)]=None,

@@ -37,8 +37,9 @@ class At:
     "A scope for `steer`: these positions"
     places:tuple[int, ...]
     name:str # For the audit
+    first:int=0 # Where the pass begins; a model with a state instead of keys does not know
 
-    def __call__(self, p:Pass)->Tensor: return torch.isin(p.positions, torch.tensor(self.places, device=p.positions.device))
+    def __call__(self, p:Pass)->Tensor: return torch.isin(self.first + torch.arange(p.positions.shape[1], device=p.positions.device), torch.tensor(self.places, device=p.positions.device)).expand_as(p.positions)
     def __str__(self): return self.name
 
 def spoken_spans(
@@ -199,13 +200,14 @@ class Manners:
     def interventions(self,
         manner:Manner,
         places:dict[str, tuple[int, ...]], # As `Turn.places` gives them
+        first:int=0, # Of the pass, as there
     )->list[Intervention]:
         "What is done in one pass"
-        where = 'all' if manner.where == 'all' else At(places[manner.where], manner.where)
+        where = 'all' if manner.where == 'all' else At(places[manner.where], manner.where, first)
         out = [self.add(manner, where)] if manner.vectors and (where == 'all' or where.places) else []
         if not manner.safety: return out
         axis, floors = self.guard
-        return out + [Floor(axis, floors[kind], list(axis), where=At(places[kind], kind)) for kind in floors if places[kind]]
+        return out + [Floor(axis, floors[kind], list(axis), where=At(places[kind], kind, first)) for kind in floors if places[kind]]
 
 class SteeringEngine:
     "Chats as a persona, with a floor on the safety axis; one conversation, one speaker at a time"
@@ -251,7 +253,7 @@ class SteeringEngine:
         "Logits after some more tokens, steered"
         places = turn.places(len(memory.ids), len(new))
         with lock_of(self.model), ExitStack() as stack:
-            audit = stack.enter_context(steer(self.model, *self.manners.interventions(self._manner, places)))
+            audit = stack.enter_context(steer(self.model, *self.manners.interventions(self._manner, places, len(memory.ids))))
             for m in monitors if len(memory.ids) >= len(turn.prompt) else (): stack.enter_context(m.hearing(self.model)) # after those of steering, so that it hears what they made of it
             logits = memory.feed(new)
         turn.note(audit)

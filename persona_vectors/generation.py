@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -349,9 +349,8 @@ def answer_requests(
 )->Answered: # In the order of the requests
     "Answers to all requests; raises GenerationError when some could not be had"
     run = _Run(_missing(requests, store, again), store, config, progress, what)
-    where = f' in {store.path}' if str(store.path) != ':memory:' else ''
     def have(): return [(r, a) for r in requests if (a := store.get(r))]
-    def kept(): return f'{len(have())} of {len(requests)} answers are kept{where}; the same call asks only for the rest'
+    def kept(): return f'{len(have())} of {len(requests)} answers are ' + ('finished' if str(store.path) == ':memory:' else f'kept in {store.path}; the same call asks only for the rest') # in memory they last as long as somebody holds the store
     try:
         if run.todo: run.here() if local else run_async(run.there())
     except KeyboardInterrupt: log.warning('stopped: %s', kept()); raise
@@ -403,6 +402,7 @@ def generate_responses(
     save_to:str|Path|None=None, # JSON file that receives `known` and what is finished, also after Ctrl-C or an error; one with rows that are not in `known` is refused
     progress:bool=True, # Show a progress bar
     store:ResponseStore|str|Path|None=None, # As in `generate_answers`
+    keep:Iterable[str]=('ok',), # Statuses of answers that will be used, as in `STATUSES`; the log counts the others
 )->Responses: # {(persona, question): response} in the order of personas, then questions; `marks` says which are cut off, refused ...
     "One response per persona and question; raises GenerationError when some cannot be had"
     requests, local, known = requests_of(personas, questions, config, backend=backend), _here(config, backend), known if known is not None else Responses()
@@ -418,9 +418,12 @@ def generate_responses(
         return Responses({k:both[k] for k in at}, marks={k:marks[k] for k in at if k in marks})
     try: answer_requests([r for r in requests if (r.persona, r.question) not in have], config, opened, local, progress=progress)
     except GenerationError as e: raise GenerationError(f'{e}\nThey are in this error as .responses' + (f' and in {save_to}; pass known=load_responses({str(save_to)!r}) to go on from them' if save_to else '; pass them as known= to go on from them'), e.answered, ordered()) from None
+    except KeyboardInterrupt:
+        if not save_to and store is None and ordered(): log.warning('they are lost with this call: save_to= or store= would keep them')
+        raise
     finally:
         if save_to and (found := ordered(have)): save_responses(found, save_to); log.info('%d of %d responses saved to %s', len(ordered()), len(requests), save_to)
         found = ordered()
         if opened is not store: opened.close()
-    if line := left_out_line(found.marks.get(k, 'ok') for k in found): log.warning('vectors, unless told otherwise: %s', line)
+    if line := left_out_line((found.marks.get(k, 'ok') for k in found), keep): log.warning('vectors, unless told otherwise: %s', line)
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.markup import escape
-from .console import SPELLING, Config, Json, Model, Spread, examples, library, say, settings_of, show, show_json, stdout
+from .console import SPELLING, Config, Json, Model, Spread, anybody, examples, in_catalog, in_library, library, of_keys, say, settings_of, show, show_json, stdout
 from .remote import RemoteError, running_server
 
 # %% ../nbs/16_library_commands.ipynb #cell-06
@@ -46,7 +46,7 @@ def config_show(model:Model=None, config:Config=None, as_json:Json=False):
 
 @config_app.command('set', context_settings=dict(ignore_unknown_options=True), epilog=examples('config set steering.default_strength 0.5', 'config set extraction.target_layers "[4, 5]"', 'config set model.revision null')) # -0.5 is a value
 def config_set(
-    key:Annotated[str, typer.Argument(help='As `config show` lists them, such as steering.unit.')],
+    key:Annotated[str, typer.Argument(autocompletion=of_keys, help='As `config show` lists them, such as steering.unit.')],
     value:Annotated[str, typer.Argument(help='A number, a word, true or false, a list such as "[15, 16]", or null for what is chosen automatically.')],
     config:Config=None,
 ):
@@ -87,7 +87,7 @@ def extract_axes(model:Model=None, config:Config=None, as_json:Json=False):
 # %% ../nbs/16_library_commands.ipynb #cell-16
 @app.command(rich_help_panel='Personas', epilog=examples('extract --all', 'extract jester ghost', 'extract sage --replace'))
 def extract(
-    names:Annotated[Optional[list[str]], typer.Argument(help='Archetypes or personas of the catalog; `list --catalog` shows them.')]=None,
+    names:Annotated[Optional[list[str]], typer.Argument(autocompletion=in_catalog, help='Archetypes or personas of the catalog; `list --catalog` shows them.')]=None,
     everyone:Annotated[bool, typer.Option('--all', help='All archetypes.')]=False,
     replace:Annotated[bool, typer.Option(help='Make those anew that are there.')]=False,
     model:Model=None, config:Config=None, as_json:Json=False,
@@ -119,10 +119,10 @@ def _extract(settings, wanted, there, replace, rows):
 @app.command(rich_help_panel='Personas', cls=Spread, epilog=examples('create elder --from-archetype sage', 'create wizard --description "A grumpy wizard"', 'create fox --blend "sage:0.5,trickster:0.3"', 'create mine --vector vectors.npz'))
 def create(
     name:Annotated[str, typer.Argument(help='What it will be called.')],
-    archetype:Annotated[Optional[str], typer.Option('--from-archetype', help='An archetype or persona of the catalog.')]=None,
+    archetype:Annotated[Optional[str], typer.Option('--from-archetype', autocompletion=in_catalog, help='An archetype or persona of the catalog.')]=None,
     description:Annotated[Optional[str], typer.Option(help='Who that is, in a sentence; with --vector, only a label.')]=None,
     prompt:Annotated[Optional[list[str]], typer.Option(help='Its system prompts, with --description. [dim]Default: made of it.[/]', show_default=False)]=None,
-    blend:Annotated[Optional[str], typer.Option(help='Others with weights: "sage:0.5,trickster:0.3" or "0.5 sage + 0.3 trickster".')]=None,
+    blend:Annotated[Optional[str], typer.Option(autocompletion=anybody, help='Others with weights: "sage:0.5,trickster:0.3" or "0.5 sage + 0.3 trickster".')]=None,
     vector:Annotated[Optional[Path], typer.Option(help='A .npz, .safetensors, .pt or .gguf, of this package or another tool.')]=None,
     key:Annotated[Optional[str], typer.Option(help='Which vector of the file.')]=None,
     replace:Annotated[bool, typer.Option(help='Take the place of one with the same name.')]=False,
@@ -184,7 +184,7 @@ def _list_catalog(data_dir, as_json):
 
 # %% ../nbs/16_library_commands.ipynb #cell-29
 @app.command(rich_help_panel='Personas', epilog=examples('info sage', 'info sage --json'))
-def info(name:Annotated[str, typer.Argument(help='Of a persona in the library.')], model:Model=None, config:Config=None, as_json:Json=False):
+def info(name:Annotated[str, typer.Argument(autocompletion=in_library, help='Of a persona in the library.')], model:Model=None, config:Config=None, as_json:Json=False):
     "Where a persona came from, how long it is at each layer, and how far the safety axis turned it."
     from persona_vectors.project import require_persona, startup
     settings = settings_of(model, config)
@@ -200,7 +200,7 @@ def info(name:Annotated[str, typer.Argument(help='Of a persona in the library.')
     print(); show(rows, mark=lambda r: r['added'])
 
 # %% ../nbs/16_library_commands.ipynb #cell-33
-_Names = Annotated[list[str], typer.Argument(help='Personas of the library.')]
+_Names = Annotated[list[str], typer.Argument(autocompletion=in_library, help='Personas of the library.')]
 
 def _known(model, config, names):
     "(folder of the library, the server of it), if these personas are there"
@@ -234,7 +234,7 @@ def _agreed(question):
 
 @app.command(rich_help_panel='Personas', epilog=examples('delete trickster', 'delete trickster --yes'))
 def delete(
-    name:Annotated[str, typer.Argument(help='Of a persona in the library.')],
+    name:Annotated[str, typer.Argument(autocompletion=in_library, help='Of a persona in the library.')],
     yes:Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')]=False,
     model:Model=None, config:Config=None,
 ):
@@ -264,8 +264,8 @@ def _answers(engine, messages, who, plain, compare, stream, sampling):
 @app.command(rich_help_panel='Talk', epilog=examples('generate "What is truth?" --persona sage', 'generate "What is truth?" --blend sage:0.5,trickster:0.3 --strength 0.8', 'generate "What is truth?" --persona jester --compare', 'echo "What is truth?" | persona-steer generate -'))
 def generate(
     prompt:Annotated[str, typer.Argument(help='What to ask; - reads it from standard input.')],
-    persona:Annotated[Optional[str], typer.Option(help='Of the library; one of the catalog is made on the fly.')]=None,
-    blend:Annotated[Optional[str], typer.Option(help='Several: sage:0.5,trickster:0.3')]=None,
+    persona:Annotated[Optional[str], typer.Option(autocompletion=anybody, help='Of the library; one of the catalog is made on the fly.')]=None,
+    blend:Annotated[Optional[str], typer.Option(autocompletion=anybody, help='Several: sage:0.5,trickster:0.3')]=None,
     strength:Annotated[Optional[float], typer.Option(help='How much of it, in the unit of the config. [dim]Default: that of the config.[/]', show_default=False)]=None,
     safety:Annotated[Optional[bool], typer.Option(help='Keep what is said on the safe side of the safety axis. [dim]Default: as the config says.[/]', show_default=False)]=None,
     system:Annotated[Optional[str], typer.Option(help='A system prompt.')]=None,

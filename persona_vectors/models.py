@@ -10,6 +10,7 @@ __all__ = ['PERSONA_TINY', 'resolve_device', 'resolve_dtype', 'is_path', 'model_
 import hashlib
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 import torch
@@ -49,7 +50,7 @@ def model_source(
     name:str, # Name as in a config
 )->str: # Folder of the embedded model, else the name itself
     "What `from_pretrained` is given"
-    return str(_EMBEDDED) if name == PERSONA_TINY else str(Path(name).expanduser()) if is_path(name) else name
+    return str(_EMBEDDED) if name == PERSONA_TINY else expanduser(name) if is_path(name) else name # a Path would drop './', and the hub would be asked for what is left
 
 # %% ../nbs/02_models.ipynb #cell-09
 def load_model(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProjectError', 'yaml_text', 'config_text', 'make_project', 'user_file', 'config_file', 'config_rows', 'changed_text',
-           'set_value', 'persona_names', 'entries', 'startup', 'archetypes', 'catalog', 'require_persona']
+           'setting_keys', 'set_value', 'persona_names', 'entries', 'startup', 'archetypes', 'catalog',
+           'require_persona']
 
 # %% ../nbs/14_project.ipynb #cell-03
 import inspect, json, os, re, struct
@@ -149,6 +150,10 @@ def changed_text(
     return new
 
 # %% ../nbs/14_project.ipynb #cell-18
+def setting_keys()->dict[str, str]: # {key: what it is}
+    "Everything that can be set"
+    return {**{f'{s}.{k}':said for s,o in Settings(data_dir='.') if s != 'data_dir' for k,said in _comments(type(o)).items()}, 'data_dir': 'Holds datasets/ and vectors/'}
+
 def _given(text):
     "What somebody typed: null, a list, or text that the settings make a number of where they want one"
     if text.strip().lower() in ('', 'null', 'none', '~'): return None
@@ -164,7 +169,7 @@ def set_value(
 )->Any: # What stands there now
     "Change one setting in a file; raises SettingsError or ProjectError, and then the file is as it was"
     file, (section, _, name) = Path(file).resolve(), key.partition('.')
-    known = ['data_dir', *(f'{s}.{k}' for s,o in Settings(data_dir='.') if s != 'data_dir' for k in type(o).model_fields)]
+    known = setting_keys()
     if key not in known and _KEY_OF.search(key) or _LOOKS_SECRET.search(text): raise ProjectError('keys are not kept in config.yaml: set the variable HF_TOKEN, OPENROUTER_API_KEY or PERSONA_STEER_API_KEY')
     if key not in known: raise ProjectError(f"there is no setting {key[:60]!r}: {f'did you mean {near}?' if (near := _near(key, known)) else 'persona-steer config show lists them all'}")
     try: settings = read(file if file.exists() else None, **{key: _given(text)})

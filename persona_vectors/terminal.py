@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from .files import atomic_write
-from .console import SPELLING, Config, Model, examples, library, say, settings_of, stderr, stdout
+from .console import SPELLING, Config, Model, anybody, examples, library, say, settings_of, stderr, stdout
 
 # %% ../nbs/16_terminal.ipynb #cell-06
 _CHUNK = re.compile(r'\n|[^\S\n]+|[⺀-\U0010ffff]|[^\s⺀-\U0010ffff]+') # a line break, white space, a wide character, a word
@@ -547,8 +547,8 @@ app = typer.Typer(rich_markup_mode='rich', context_settings=SPELLING)
 
 @app.command(rich_help_panel='Talk', epilog=examples('chat --persona sage', 'chat --blend "0.5 sage + 0.3 trickster" --strength 0.8', 'chat --persona sage < questions.txt'))
 def chat(
-    persona:Annotated[Optional[str], typer.Option(help='Of the library or the catalog; made when it is not there yet.')]=None,
-    blend:Annotated[Optional[str], typer.Option(help='Several: "0.5 sage + 0.3 trickster", or sage:0.5,trickster:0.3.')]=None,
+    persona:Annotated[Optional[str], typer.Option(autocompletion=anybody, help='Of the library or the catalog; made when it is not there yet.')]=None,
+    blend:Annotated[Optional[str], typer.Option(autocompletion=anybody, help='Several: "0.5 sage + 0.3 trickster", or sage:0.5,trickster:0.3.')]=None,
     strength:Annotated[Optional[float], typer.Option(help='How strongly. [dim]Default: steering.default_strength of the config.[/]', show_default=False)]=None,
     safety:Annotated[Optional[bool], typer.Option('--safety/--no-safety', help='Keep what is said on the safe side of the safety axis. [dim]Default: steering.safety of the config.[/]', show_default=False)]=None,
     system:Annotated[Optional[str], typer.Option(help='System prompt.')]=None,

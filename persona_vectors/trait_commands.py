@@ -18,7 +18,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.markup import escape
 from rich.table import Table
-from .console import SPELLING, Config, Json, Model, Spread, examples, library, say, settings_of, show, show_json, stdout
+from .console import SPELLING, Config, Json, Model, Spread, examples, library, of_traits, of_vectors, say, settings_of, show, show_json, stdout
 
 # %% ../nbs/16_trait_commands.ipynb #cell-06
 _PANEL = 'Traits'
@@ -26,10 +26,6 @@ app = typer.Typer(rich_markup_mode='rich', context_settings=SPELLING)
 JudgeKind = Enum('JudgeKind', {k:k for k in ('none', 'tiny', 'api')}, type=str)
 Backend = Enum('Backend', {k:k for k in ('local', 'api')}, type=str)
 Unit = Enum('Unit', {k:k for k in ('raw', 'gap', 'norm')}, type=str)
-
-def _catalog():
-    from persona_vectors.catalog import TRAITS
-    return list(TRAITS)
 
 Layers = Annotated[Optional[list[int]], typer.Option(help='Layers, counted from 0; -1 is the last. [dim]Default: all.[/]', show_default=False)]
 LayerRange = Annotated[Optional[tuple[int, int]], typer.Option(metavar='FIRST LAST', help='Layers from the first to the last, both included.', show_default=False)]
@@ -97,7 +93,7 @@ def _show_trait(trait, path, png, as_json):
 
 @app.command('extract-trait', cls=Spread, rich_help_panel=_PANEL, epilog=examples('extract-trait --trait openness', 'extract-trait --trait openness --layers 2 3 4 --n-samples 5', 'extract-trait --model google/gemma-3-27b-it --trait openness --layer-range 10 25'))
 def extract_trait(
-    trait:Annotated[str, typer.Option(autocompletion=_catalog, help='A trait of the catalog; `persona-steer list` shows them.', show_default=False)],
+    trait:Annotated[str, typer.Option(autocompletion=of_traits, help='A trait of the catalog; `persona-steer list` shows them.', show_default=False)],
     layers:Layers=None, layer_range:LayerRange=None, n_samples:NSamples=None, out:OutFolder=None, backend:Answerer=Backend.local, judge:By=JudgeKind.none, judge_model:JudgeModel=None, url:Url=None,
     method:Method='diff_of_means', max_tokens:MaxTokens=None, seed:Seed=None, png:Png=True, model:Model=None, config:Config=None, as_json:Json=False,
 ):
@@ -149,15 +145,16 @@ def _compare(found, folder, png, as_json):
 
 @app.command(cls=Spread, rich_help_panel=_PANEL, epilog=examples('batch', 'batch openness extraversion', 'batch --traits evil sycophancy --layers 2 3 4 --n-samples 5'))
 def batch(
-    names:Annotated[Optional[list[str]], typer.Argument(metavar='TRAITS', autocompletion=_catalog, help='Traits of the catalog. [dim]Default: the Big Five.[/]', show_default=False)]=None,
-    traits:Annotated[Optional[list[str]], typer.Option(autocompletion=_catalog, help='The same, as an option.', show_default=False)]=None,
+    names:Annotated[Optional[list[str]], typer.Argument(metavar='TRAITS', autocompletion=of_traits, help='Traits of the catalog. [dim]Default: the Big Five.[/]', show_default=False)]=None,
+    traits:Annotated[Optional[list[str]], typer.Option(autocompletion=of_traits, help='The same, as an option.', show_default=False)]=None,
     all_traits:Annotated[bool, typer.Option('--all', help='All traits of the catalog.')]=False,
     layers:Layers=None, layer_range:LayerRange=None, n_samples:NSamples=None, out:OutFolder=None, backend:Answerer=Backend.local, judge:By=JudgeKind.none, judge_model:JudgeModel=None, url:Url=None,
     method:Method='diff_of_means', max_tokens:MaxTokens=None, seed:Seed=None, png:Png=True, model:Model=None, config:Config=None, as_json:Json=False,
 ):
     "Find the directions of several traits and compare them; goes on where it was stopped."
     if all_traits and (names or traits): raise typer.BadParameter('--all names all traits: leave the others out')
-    names = _require_traits(_catalog() if all_traits else [*(names or []), *(traits or [])] or _BIG_FIVE)
+    from persona_vectors.catalog import TRAITS
+    names = _require_traits(TRAITS if all_traits else [*(names or []), *(traits or [])] or _BIG_FIVE)
     layers, settings = _named_layers(layers, layer_range), _settings(model, config, max_tokens, seed)
     from persona_vectors.trait_runs import make_traits, traits_folder
     run, folder = _reached(settings.run, url), out or traits_folder(settings)
@@ -233,7 +230,7 @@ def _dialogue(answer, strengths, layer, prompts, layers):
 
 @app.command(cls=Spread, rich_help_panel=_PANEL, epilog=examples('steer --vector-file evil', 'steer --vector-file evil --prompt "What is a friend?" --strengths -2 0 2 --layer 3', 'steer --vector-file evil --interactive'))
 def steer(
-    vector_file:Annotated[str, typer.Option(metavar='FILE', help='A vector, or the name of a trait that `extract-trait` or `batch` has made.', show_default=False)],
+    vector_file:Annotated[str, typer.Option(metavar='FILE', autocompletion=of_vectors, help='A vector, or the name of a trait that `extract-trait` or `batch` has made.', show_default=False)],
     layer:Annotated[Optional[int], typer.Option(help='Where to add it. [dim]Default: the best layer of the vector.[/]', show_default=False)]=None,
     prompt:Annotated[Optional[list[str]], typer.Option(help='What to ask; may be given several times. [dim]Default: one that suits the trait.[/]', show_default=False)]=None,
     strengths:Annotated[Optional[list[float]], typer.Option(help='How strongly, one answer each. [dim]Default: -2 -1 0 1 2.[/]', show_default=False)]=None,

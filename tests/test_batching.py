@@ -1,6 +1,7 @@
 """Answers in batches against one row at a time: a pass over the whole text, without cache, padding or any code of the package."""
 import logging, threading, time
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from architectures import ARCHITECTURES, block_modules, random_model
 from persona_vectors.batching import Asked, Batcher, BatchFull, Ear, Job, Text, Token
 from persona_vectors.config import PersonaVectorConfig
-from persona_vectors.engine import Manner, Manners, lock_of
+from persona_vectors.engine import Manner, Manners, SteeringEngine, lock_of
 from persona_vectors.models import load_model, model_source
 from persona_vectors.personas import ModelWrapper, PersonaManager
 from persona_vectors.settings import get_config
@@ -107,6 +108,18 @@ def test_rows_say_what_each_says_alone(name, tmp_path, caplog):
     plain = house.scores(Asked(asked[0].prompt, UNSTEERED), jobs[0].said)
     assert (plain - house.scores(asked[0], jobs[0].said)).abs().max() > .01 # the vectors do something
     assert (house.scores(Asked(asked[4].prompt, UNSTEERED), jobs[4].said) - house.scores(asked[4], jobs[4].said)).abs().max() > .01 # and the floors
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mamba"]) # the last has a state, and no keys that would say how far it is
+def test_an_engine_says_what_the_model_says(name, tmp_path):
+    house = House(random_model(name), tmp_path)
+    engine = SteeringEngine(house.manners.manager); engine.manners, engine._manner = house.manners, house.manner(1, 3, safety=True)
+    engine.generate([dict(role="user", content="Tell me of the sea.")], max_tokens=12, temperature=0)
+    turn = engine.turn
+    scores = house.scores(Asked(turn.prompt, engine._manner), turn.said)
+    assert len(turn.said) > 3
+    for k, t in enumerate(turn.said): assert scores[k, t] > scores[k].max() - 1e-3, k
+    tokens = {(r["layer"], r["where"]): r["tokens"] for r in turn.audit.table() if r["name"] != "Add"}
+    assert tokens == {(l, at): n for l in FLOORED for at, n in dict(last_prompt=1, response=len(turn.said)).items()} # all that was said has been fed
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
 def test_a_seed_says_the_same_in_a_batch_and_alone(name, tmp_path):

@@ -70,6 +70,41 @@ def test_what_only_reads_files_needs_no_torch(mine, args):
     done = subprocess.run([sys.executable, "-c", f"import sys\nfrom persona_vectors.cli import app\napp({args!r}, standalone_mode=False)\nprint([m for m in ('torch', 'transformers', 'plotly', 'numpy') if m in sys.modules])"], cwd=mine, capture_output=True, text=True, env=variables(mine))
     assert done.stdout.splitlines()[-1] == "[]", (done.stdout, done.stderr)
 
+def tab(line, cwd, shell="bash", **more):
+    "What a shell is offered behind a line, as its own script asks"
+    asked = dict(COMP_WORDS=line, COMP_CWORD=str(len(line.split(" ")) - 1)) if shell == "bash" else dict(_TYPER_COMPLETE_ARGS=line)
+    done = subprocess.run([str(COMMAND)], cwd=cwd, capture_output=True, text=True, env=variables(Path(cwd), _PERSONA_STEER_COMPLETE=f"complete_{shell}", **asked, **more))
+    assert done.stderr == "", done.stderr
+    return done.stdout.split("\n") if shell == "zsh" else done.stdout.split()
+
+def test_tab_offers_names(mine):
+    for line, found in {"info ": SAGES, "load sage tr": ["trickster"], "delete s": ["sage"], "generate Hi --persona jes": ["jester"], "chat --blend tricks": ["trickster"], "extract guard": ["guardian"], "create x --from-archetype guard": ["guardian"],
+                        "extract-trait --trait openn": ["openness"], "batch openness syc": ["sycophancy"], "batch --traits evil syc": ["sycophancy"], "config set steering.un": ["steering.unit"], "demo --steer-to gho": ["ghost"],
+                        "responses generate --personas ghost jes": ["jester"], "calibrate strength sag": ["sage"], "extract-t": ["extract-trait"], "info --js": ["--json"]}.items():
+        assert tab(f"persona-steer {line}", mine) == found, line
+    assert [key for key in tab("persona-steer config set ", mine) if key.startswith("extraction.")] and {"data_dir", "model.name"} < set(tab("persona-steer config set ", mine))
+    assert any("sage" in row and row.count(":") for row in tab("persona-steer info s", mine, "zsh")) # with who that is
+
+def test_tab_looks_where_the_line_says(mine, tmp_path):
+    assert tab("persona-steer info ", tmp_path, PERSONA_STEER_DATA_DIR=str(tmp_path)) == []
+    assert tab(f"persona-steer info --config {mine / 'config.yaml'} ", tmp_path) == SAGES
+    (tmp_path / "config.yaml").write_text("model: [")
+    assert tab("persona-steer info ", tmp_path) == [] # and no word of it
+    (tmp_path / "traits/vectors/traits/persona-tiny").mkdir(parents=True); (tmp_path / "traits/vectors/traits/persona-tiny/kind.npz").write_bytes(b"")
+    (tmp_path / "config.yaml").write_text("data_dir: traits")
+    assert tab("persona-steer steer --vector-file ", tmp_path) == ["kind"]
+
+def test_a_command_is_where_the_door_looks_for_it():
+    import typer
+
+    from persona_vectors import cli
+    for part, names in cli._PARTS.items(): assert set(names.split()) == set(typer.main.get_group(getattr(__import__(f"persona_vectors.{part}"), part).app).commands)
+    code = "import sys; from persona_vectors.cli import app\ntry: app(['info', '--help'], standalone_mode=False)\nexcept SystemExit: pass\nprint(sorted(m for m in sys.modules if m.endswith(('_commands', '.terminal', '.doctor', 'torch'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "['persona_vectors.library_commands']", done.stderr
+    done = subprocess.run([str(COMMAND), "extrat"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"})
+    assert done.returncode == 2 and "Did you mean 'extract'" in done.stderr
+
 def test_init_overwrites_nothing(tmp_path):
     assert "there already" not in works("init", "p", "--datasets", cwd=tmp_path)
     files = [f for f in (tmp_path / "p").rglob("*") if f.is_file()]
