@@ -27,6 +27,12 @@ def test_arguments_are_beside_their_shapes(built):
     assert 'id="Vector.orthogonalize"' in page and "_frozen" not in page.split("<details>")[0] # methods are there, private functions only in the source
     assert "#| export" not in page and "nbdev_export" not in page
 
+def test_options_of_commands_say_what_they_are():
+    pages = [docs.Page(ROOT / "nbs/14_scale.ipynb")]
+    made = "".join(docs.Reference(pages).cell(docs.source_of(c), pages[0]) for c in pages[0].nb.cells if "app.command" in c.source)
+    entry = made.split('id="generate"')[1].split("</section>")[0]
+    assert "Conversations per shard." in entry and "Longest response." in entry and "Annotated" not in entry # also of an option that two commands share
+
 def test_tutorial_shows_its_pictures_and_no_scripts(built):
     page = (built / "tutorials/07_blending.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == 3 and 'alt="What is said tips over"' in page
@@ -55,3 +61,20 @@ def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="holds something else"): docs.Site([ROOT / "nbs/00_files.ipynb"], tmp_path).build()
     assert (tmp_path / "thesis.txt").exists()
+
+@pytest.mark.parametrize("page", sorted((ROOT / "nbs/tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_tutorials_are_small(page): assert page.stat().st_size <= 200_000, f"{page.name}: {page.stat().st_size:,} bytes; fewer figures, or less text on hover"
+
+def test_small_pictures_look_the_same():
+    "A quarter of the bytes, the same size, and no pixel is off by what an eye sees"
+    import io
+    import numpy as np
+    from PIL import Image
+    from run_notebooks import small
+    k = np.arange(400)
+    picture = np.stack([np.outer(np.sin(k/40) + 1, np.ones(600)).astype("float32")*60 + c for c in (20, 60, 100)], -1).astype("uint8")
+    picture[100:120, 100:300] = (213, 94, 0); picture[200:202] = 0 # an area and a line
+    file = io.BytesIO(); Image.fromarray(picture).convert("RGBA").save(file, "png")
+    made = Image.open(io.BytesIO(small(file.getvalue()))).convert("RGB")
+    assert made.size == (600, 400) and len(small(file.getvalue())) <= len(file.getvalue())
+    assert abs(np.asarray(made).astype(int) - picture).max() <= 8

@@ -65,10 +65,10 @@ def definitions(source):
     return [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
 
 def surface():
-    "Names that `from persona_vectors import ...` knows"
+    "{name: module} of what `from persona_vectors import ...` knows"
     tree = ast.parse((ROOT / "persona_vectors/__init__.py").read_text(encoding="utf-8"))
     table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_NAMES")
-    return {name for k in table.keywords for name in ast.literal_eval(k.value)}
+    return {name: k.arg for k in table.keywords for name in ast.literal_eval(k.value)}
 
 # ---------------------------------------------------------------- reference
 
@@ -83,7 +83,11 @@ def typer_help(annotation):
     said = [k.value.value for e in annotation.slice.elts for k in getattr(e, "keywords", []) if k.arg == "help" and isinstance(k.value, ast.Constant)]
     return annotation.slice.elts[0], said[0] if said else ""
 
-def arguments(f, said):
+def annotated(source):
+    "{name: annotation} of the options that several commands share, `Model = Annotated[...]`"
+    return {n.targets[0].id: n.value for n in ast.parse(source).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and ast.unparse(n.value).startswith("Annotated[")}
+
+def arguments(f, said, shared=()):
     "(name, type, default, what it is) of every argument but self"
     a = f.args
     plain = [*a.posonlyargs, *a.args]
@@ -92,7 +96,7 @@ def arguments(f, said):
     out = []
     for o,star in rows:
         if o.arg in ("self", "cls"): continue
-        kind, told = typer_help(o.annotation)
+        kind, told = typer_help(shared[o.annotation.id] if isinstance(o.annotation, ast.Name) and o.annotation.id in shared else o.annotation)
         beside = said.get(o.end_lineno, "") if o.lineno != f.lineno else ""
         out.append((star + o.arg, ast.unparse(kind) if kind else "", ast.unparse(defaults[o.arg]) if o.arg in defaults else None, beside or told))
     return out
@@ -105,9 +109,13 @@ def returned(f, said):
 class Reference:
     "Renders definitions; knows where every name is explained"
     def __init__(self, pages):
-        self.pages, self.known = pages, {}
-        for p in pages: self.known |= {n: f"{p.file}#{n}" for n in p.names if n not in self.known}
-        self.surface = surface()
+        self.surface, self.shared = surface(), {}
+        for p in pages:
+            for c in p.nb.cells:
+                if c.cell_type == "code" and "export" in c.marks and "Annotated[" in c.source: self.shared |= annotated(source_of(c))
+        self.known = {n: f"{p.file}#{n}" for p in pages for n in p.names if self.public(n, p)} # a word such as `make` is a name on its own page only
+
+    def public(self, name, page): return self.surface.get(name) == page.module
 
     def words(self, text, up):
         "One line of markdown"
@@ -128,13 +136,16 @@ class Reference:
         return f'<table class="arguments"><thead><tr><th>argument</th><th>type</th><th>default</th><th></th></tr></thead><tbody>{body}</tbody></table>' if body else ""
 
     def function(self, f, said, up, owner=""):
-        rows, name = arguments(f, said), f.name
+        rows, name = arguments(f, said, self.shared), f.name
         prop = any(ast.unparse(d).split(".")[-1] in ("property", "cached_property") for d in f.decorator_list)
         call = "" if prop else "(" + ", ".join(html.escape(n) + (f'=<span class="default">{html.escape(d)}</span>' if d is not None else "") for n,_,d,_ in rows) + ")"
         result = (ast.unparse(f.returns) if f.returns else "", returned(f, said)) if f.returns or returned(f, said) else None
         doc = ast.get_docstring(f)
-        inner = (f"<p>{self.words(doc, up)}</p>" if doc else "") + self.table(rows, up, result)
-        return f'<div class="{"method" if owner else "function"}" id="{owner}{name}"><h4><code><b>{html.escape(owner + name if owner else name)}</b>{call}</code></h4>{inner}</div>'
+        inner = f"<p>{self.words(doc, up)}</p>" if doc else ""
+        arrow = ""
+        if rows: inner += self.table(rows, up, result)
+        elif result: arrow = f' <span class="result">→ <code>{self.typed(result[0], up)}</code> {self.words(result[1], up)}</span>' # no table for one line
+        return f'<div class="{"method" if owner else "function"}" id="{owner}{name}"><h4><code><b>{html.escape(owner + name)}</b>{call}</code>{arrow}</h4>{inner}</div>'
 
     def klass(self, c, said, up):
         fields = [(n.target.id, ast.unparse(typer_help(n.annotation)[0]), ast.unparse(n.value) if n.value else None, said.get(n.end_lineno, "")) for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")]
@@ -147,13 +158,13 @@ class Reference:
         call = "(" + ", ".join(html.escape(n) + (f'=<span class="default">{html.escape(d)}</span>' if d is not None else "") for n,_,d,_ in rows) + ")" if rows else ""
         head = f'<h4><code><span class="kind">class</span> <b>{c.name}</b>{call}</code>' + (f' <span class="bases">is a {self.typed(bases, up)}</span>' if bases else "") + "</h4>"
         inner = (f"<p>{self.words(doc, up)}</p>" if doc else "") + self.table(rows, up)
-        return f'<div class="class" id="{c.name}">{head}{inner}' + "".join(self.function(m, said, up, f"{c.name}.") for m in methods if not m.name.startswith("_")) + "</div>"
+        return f'<div class="class" id="{c.name}">{head}{inner}' + "".join(self.function(m, said, up, f"{c.name}.") for m in methods if not m.name.startswith("_") and not any(ast.unparse(d).endswith(".setter") for d in m.decorator_list)) + "</div>"
 
     def cell(self, source, page):
         "An exported cell: what can be called, and its source behind a click"
         said, out = comments(source), []
         for d in definitions(source):
-            where = "" if d.name in self.surface else f".{page.module}" if page.module != "__init__" else ""
+            where = "" if self.public(d.name, page) else f".{page.module}" if page.module != "__init__" else ""
             made = self.klass(d, said, page.up) if isinstance(d, ast.ClassDef) else self.function(d, said, page.up)
             out.append(f'<section class="entry">{made}<p class="from"><code>from persona_vectors{where} import {d.name}</code></p></section>')
         if not out and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body): return ""
@@ -252,7 +263,7 @@ class Site:
 
     def names(self):
         rows = sorted(((n, p) for p in self.modules for n in p.names), key=lambda o: o[0].lower())
-        items = "".join(f'<li><a href="{p.file}#{n}"><code>{n}</code></a> <span>{p.name}{"" if n in self.reference.surface else " ·  not in the package itself"}</span></li>' for n,p in rows)
+        items = "".join(f'<li><a href="{p.file}#{n}"><code>{n}</code></a> <span>{p.name}{"" if self.reference.public(n, p) else " · from its module only"}</span></li>' for n,p in rows)
         script = "<script>document.getElementById('q').addEventListener('input',e=>{const q=e.target.value.toLowerCase();document.querySelectorAll('#names li').forEach(l=>{l.hidden=!l.textContent.toLowerCase().includes(q)})})</script>"
         self.write("names.html", self.whole("All names", f'<h1>All names</h1><p><input id="q" type="search" placeholder="steer, plot, load ..." aria-label="Filter names" autofocus></p><ul id="names">{items}</ul>{script}'))
 
@@ -277,21 +288,21 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 Helvetica, Arial, sans-serif }
 a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline }
 code, pre { font: 13.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace } p code, li code, td code { background: var(--ground); border-radius: 4px; padding: 1px 4px }
-nav.top { position: sticky; top: 0; z-index: 1; display: flex; gap: 24px; padding: 12px 32px; background: var(--paper); border-bottom: 1px solid var(--line) } .brand { font-weight: bold; color: var(--ink) }
+nav.top a { white-space: nowrap } nav.top { position: sticky; top: 0; z-index: 1; display: flex; gap: 24px; padding: 12px 32px; background: var(--paper); border-bottom: 1px solid var(--line) } .brand { font-weight: bold; color: var(--ink) }
 .page { display: flex; gap: 40px; max-width: 1240px; margin: 0 auto; padding: 0 32px } main { flex: 1; min-width: 0; max-width: 860px; padding: 16px 0 96px }
 aside { flex: 0 0 220px; position: sticky; top: 50px; align-self: flex-start; max-height: calc(100vh - 50px); overflow: auto; padding: 24px 0; font-size: 14px } aside ul { list-style: none; padding: 0; margin: 0 0 16px } aside li { margin: 4px 0; overflow-wrap: anywhere } aside h5 { margin: 0 0 8px; color: var(--soft); font-weight: normal } aside code { font-size: 12.5px }
 h1 { font-size: 32px; line-height: 1.2; margin: 24px 0 8px } h2 { margin: 48px 0 12px; font-size: 24px } h3 { margin: 32px 0 8px } .lede { font-size: 20px; color: var(--soft) }
 blockquote { margin: 0 0 24px; color: var(--soft); font-size: 18px } blockquote p { margin: 0 } .anchor-link { visibility: hidden; padding-left: 8px } :hover > .anchor-link { visibility: visible }
-pre { margin: 0; overflow-x: auto } main pre { white-space: pre-wrap; overflow-wrap: anywhere } .highlight { border-radius: 6px; padding: 12px 16px; margin: 16px 0 0 }
+pre { margin: 0; overflow-x: auto } main pre { white-space: pre-wrap; overflow-wrap: anywhere } main > pre { background: var(--ground) } .highlight, main > pre { border-radius: 6px; padding: 12px 16px; margin: 16px 0 0 }
 .output { padding: 10px 16px; margin-bottom: 16px; border-left: 2px solid var(--line) } .output pre { color: var(--soft); padding: 4px 0 } .output img, main img { max-width: 100%; height: auto; border-radius: 6px } .html { overflow-x: auto } .stderr { opacity: .8 }
 .entry { border: 1px solid var(--line); border-radius: 8px; padding: 4px 16px 8px; margin: 20px 0 8px } .entry:target, :target > h4 { background: var(--mark) } .entry h4 { margin: 12px 0 4px; font-weight: normal } .entry h4 code { white-space: pre-wrap; overflow-wrap: anywhere } .entry h4 b { color: var(--link) } .default, .kind, .bases, .from { color: var(--soft) } .entry p { margin: 4px 0 8px } .from { font-size: 13px; text-align: right } .from code { background: none }
 .method { margin: 16px 0 8px 16px; padding-left: 16px; border-left: 2px solid var(--line) }
-table { border-collapse: collapse; font-size: 14px; margin: 8px 0 12px } th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line) } th { color: var(--soft); font-weight: normal } .arguments { width: 100% } .arguments td:nth-child(-n+3) code { white-space: pre-wrap; overflow-wrap: anywhere } .arguments td:last-child { min-width: 38% } .result td:first-child { color: var(--soft) }
+table { border-collapse: collapse; font-size: 14px; margin: 8px 0 12px } th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line) } th { color: var(--soft); font-weight: normal } .arguments { width: 100% } .arguments td:nth-child(-n+3) code { white-space: pre-wrap; overflow-wrap: anywhere } .arguments td:first-child code { white-space: nowrap } .arguments td:last-child { min-width: 38% } .result td:first-child, span.result { color: var(--soft) }
 details { margin: 0 0 24px } summary { cursor: pointer; color: var(--soft); font-size: 13px }
 .cards { list-style: none; padding: 0 } .cards li { display: grid; grid-template-columns: 260px 1fr; gap: 16px; margin: 8px 0 } .cards > li > a { font-weight: bold } .cards span { color: var(--soft) }
 #q { width: 100%; font: inherit; padding: 8px 12px; border: 1px solid var(--line); border-radius: 6px; background: var(--ground); color: var(--ink) } #names { columns: 2; list-style: none; padding: 0 } #names li { break-inside: avoid } #names span { color: var(--soft); font-size: 13px }
 .next { display: flex; justify-content: space-between; margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line) }
-@media (max-width: 860px) { aside { display: none } .page, nav.top { padding-left: 16px; padding-right: 16px } #names { columns: 1 } .cards li { grid-template-columns: 1fr; gap: 0 } }
+@media (max-width: 860px) { aside { display: none } .page, nav.top { padding-left: 16px; padding-right: 16px } nav.top { gap: 14px; font-size: 15px } .arguments { display: block; overflow-x: auto } .arguments td:nth-child(-n+3) code { white-space: nowrap } .arguments td:last-child { min-width: 220px } .method { margin-left: 0; padding-left: 10px } #names { columns: 1 } .cards li { grid-template-columns: 1fr; gap: 0 } }
 """
 LATE = "\n.highlight, .highlight pre { background: var(--ground) } .highlight .err { border: 0; color: inherit; background: none }\n"
 
