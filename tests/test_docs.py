@@ -23,6 +23,8 @@ def test_arguments_are_beside_their_shapes(built):
     page = (built / "08_vectors.html").read_text(encoding="utf-8")
     entry = page.split('id="persona_activations"')[1].split("</section>")[0]
     for said in ("<td><code>extractor</code></td>", "{(persona, question): response}", "Show a progress bar", "<code>True</code>", "from persona_vectors import persona_activations", "<td>returns</td>"): assert said in entry, said
+    row = {r.split("</code>")[0].split("<code>")[-1]: r for r in entry.split("<tr>")[1:]} # each says its own and not its neighbour's
+    assert "{(persona, question): response}" in row["responses"] and "{name: system prompt}" in row["personas"] and "Show a progress bar" in row["progress"]
     assert "(n_layers, d_model), float32, on CPU, not normalised" in page.split('id="Vector"')[1].split("</table>")[0] # a field of a class
     assert 'id="Vector.orthogonalize"' in page and "_frozen" not in page.split("<details>")[0] # methods are there, private functions only in the source
     assert "#| export" not in page and "nbdev_export" not in page
