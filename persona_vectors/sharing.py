@@ -124,7 +124,7 @@ def _status(e): return getattr(getattr(e, 'response', None), 'status_code', None
 
 def _reason(e, repo_id, where, write):
     "What happened, and what to do"
-    told = getattr(e, 'server_message', None) or _line(e)
+    told = ' '.join((getattr(e, 'server_message', None) or _line(e)).split())
     if isinstance(e, HFValidationError): return f"not a name on the hub, which is 'user/name' ({_line(e)})"
     if isinstance(e, GatedRepoError): return f'gated: accept its terms at {where}/{repo_id}, and pass a token of the account that did'
     if isinstance(e, RepositoryNotFoundError): return f'no such repository at {where}, or it is private and the token may not see it; check the name, and pass token='
@@ -142,12 +142,13 @@ def _told(repo_id, endpoint, token, write=False):
     "Failures in one line, without secrets"
     try: yield
     except VectorFileError: raise
-    except (HTTPError, OSError, ValueError, EntryNotFoundError) as e:
+    except (HTTPError, OSError, ValueError, RuntimeError, EntryNotFoundError) as e:
+        e = e.__cause__ if type(e) is RuntimeError and e.__cause__ else e # an upload that failed in a thread of its own
         line = f"{repo_id}: {_reason(e, repo_id, (endpoint or constants.ENDPOINT).rstrip('/'), write)}"
         raise SharingError(line.replace(token, '***') if isinstance(token, str) and token else line) from None
 
 # %% ../nbs/11_sharing.ipynb #cell-15
-_PRIVATE = re.compile(r'^(?:/|~|[A-Za-z]:[/\\])[\w.-]+[/\\]|hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}')
+_PRIVATE = re.compile(r'^(?:/[\w.-]+/|~[\w.-]*[/\\]|[A-Za-z]:[/\\])|hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}')
 
 def _require_public(o, where):
     "Refuse what names a folder of this machine, or holds a key"
@@ -208,8 +209,8 @@ def _opened(path, where, model=None, any_model=False, **importing):
         found = load_vectors(path, model, any_model)
         return load_capping(path) if isinstance(found, Vector) and 'capping' in found.about else found
     except VectorFileError as e:
-        line = str(e).replace(f'{path}: ', '')
-        raise SharingError(f"{where}: {line}" + (f'; the copy on this machine is {path}' if 'damaged' in line else '').replace('pass any_model=True where they are loaded', 'pass any_model=True')) from None
+        line = str(e).replace(f'{path}: ', '').replace('pass any_model=True where they are loaded', 'pass any_model=True')
+        raise SharingError(f'{where}: {line}' + (f'; the copy on this machine is {path}' if 'damaged' in line else '')) from None
 
 def from_hub(
     repo_id:str, # 'user/name'

@@ -24,7 +24,8 @@ class Hub:
     "Repositories, tokens and what happened"
     def __init__(self, large=(".safetensors", ".pt"), writers=None):
         self.large, self.writers = large, writers or {"hf_stand_in_writer": "me"}
-        self.readers, self.repos, self.objects, self.seen, self.port, self.down = {"hf_stand_in_reader": "you"}, {}, {}, [], 0, False
+        self.readers, self.repos, self.objects, self.seen, self.port = {"hf_stand_in_reader": "you"}, {}, {}, [], 0
+        self.broken, self.meanwhile = {}, None # {part of a path: the status it answers}; what happens just before the next commit
 
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
@@ -40,6 +41,7 @@ class Hub:
     def repo(self, request, kind, name, write=False):
         user, found = self.user(request), self.repos.get((kind, name))
         if found is None or found["private"] and user != name.split("/")[0]: raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
+        if found.get("gated") and user != name.split("/")[0]: raise Refused(403, "Access to this repository is restricted", "GatedRepo")
         if write and not user: raise Refused(401, "Invalid username or password.")
         if write and self.writers.get(request.headers["authorization"].removeprefix("Bearer ")) != name.split("/")[0]: raise Refused(403, "you must use a token with write access")
         return found
@@ -67,7 +69,7 @@ def app_of(hub):
     @app.middleware("http")
     async def watch(request, proceed):
         hub.seen.append((request.method, request.url.hostname, request.url.path, request.headers.get("authorization")))
-        if hub.down: return Response(status_code=503)
+        if status := next((n for part, n in hub.broken.items() if part in request.url.path), None): return JSONResponse(dict(error="out of order"), status, {"X-Error-Message": f"out of order, {request.headers.get('authorization', 'stranger')}"}) # as careless servers do
         try: return await proceed(request)
         except Refused as e: return refusal(e)
 
@@ -104,7 +106,7 @@ def app_of(hub):
     @app.post("/{owner}/{name}.git/info/lfs/objects/batch")
     async def batch(request: Request, owner, name):
         hub.repo(request, "model", f"{owner}/{name}", True)
-        return dict(transfer="basic", objects=[dict(o, actions=None if o["oid"] in hub.objects else dict(upload=dict(href=f"{hub.url}/lfs/{o['oid']}?signed=1"), verify=dict(href=f"{hub.url}/lfs-verify"))) for o in (await request.json())["objects"]])
+        return dict(transfer="basic", objects=[dict(o, **({} if o["oid"] in hub.objects else dict(actions=dict(upload=dict(href=f"{hub.url}/lfs/{o['oid']}?signed=1"), verify=dict(href=f"{hub.url}/lfs-verify"))))) for o in (await request.json())["objects"]])
 
     @app.put("/lfs/{oid}")
     async def upload(request: Request, oid):
@@ -121,6 +123,7 @@ def app_of(hub):
 
     @app.post("/api/{kinds}/{owner}/{name}/commit/{revision}")
     async def commit(request: Request, kinds, owner, name, revision):
+        if hub.meanwhile: happens, hub.meanwhile = hub.meanwhile, None; happens()
         repo = hub.repo(request, kinds[:-1], f"{owner}/{name}", True); parent = hub.commit_of(repo, revision)
         lines = [json.loads(line) for line in (await request.body()).splitlines()]; head = lines[0]["value"]
         if head.get("parentCommit", parent) != parent: raise Refused(412, "A commit has happened since. Please refresh and try again.")
