@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 import numpy as np
 import torch
+from torch import nn
 from .files import atomic_write
 from .formats import VectorFileError, load_vectors, read_pt, save_vectors
 from .interventions import Clamp, Floor, Scope
-from .vectors import Activations, Vector, VectorError
+from .vectors import Activations, Vector, VectorError, require_model
 
 # %% ../nbs/10_capping.ipynb #cell-06
 def thresholds(
@@ -102,19 +103,23 @@ def export_capping_config(
 
 def import_capping_config(
     path:str|Path, # capping_config.pt
+    model:nn.Module|None=None, # Model it is for; one of another width or depth is refused
 )->dict[str, Capping]: # {experiment id: its floors}
     "Read a capping_config.pt of the assistant-axis project; raises VectorFileError"
     found = read_pt(path)
     try:
         out = {}
         for e in found['experiments']:
+            if unknown := next((o['vector'] for o in e['interventions'] if o['vector'] not in found['vectors']), None): raise VectorFileError(f"{path}: experiment {e['id']!r} names the vector {unknown!r}, which is not in the file")
             steps = [(found['vectors'][o['vector']], float(o['cap'])) for o in e['interventions'] if 'cap' in o]
             if len({v['layer'] for v,_ in steps}) < len(steps): raise VectorFileError(f"{path}: experiment {e['id']!r} has two ceilings at one layer")
             if not steps: continue # an experiment that only adds
             steps = sorted(steps, key=lambda o: o[0]['layer'])
             axis = Vector(torch.stack([-v['vector'].float() for v,_ in steps]), [int(v['layer']) for v,_ in steps], f"{Path(path).stem} {e['id']}", dict(source='assistant-axis', file=Path(path).name))
+            if model is not None: require_model(axis, model)
             out[str(e['id'])] = Capping(axis, {int(v['layer']):-tau for v,tau in steps}, str(e['id']), about=dict(source='assistant-axis'))
     except VectorFileError: raise
+    except VectorError as e: raise VectorFileError(f'{path}: {e}') from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e: raise VectorFileError(f'{path}: not a capping config ({type(e).__name__}: {e}); needed are "vectors" and "experiments"') from None
     if not out: raise VectorFileError(f'{path}: no experiment with a cap')
     return out
