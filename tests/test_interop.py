@@ -1,5 +1,5 @@
 """Files of other projects, made here by plain torch and json as those projects make them, and used as they use them."""
-import base64, csv, json, sys, types
+import base64, csv, json, pickle, sys, types, zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +127,22 @@ def test_no_file_runs_code(tmp_path):
         torch.save(o, tmp_path / f"{k}.pt")
         with pytest.raises(VectorFileError, match="do not load pickled code"): import_vectors(tmp_path / f"{k}.pt", n_layers=N)
         with pytest.raises(VectorFileError, match="do not load pickled code"): import_role_vectors(tmp_path, n_layers=N)
+    assert not (tmp_path / "ran").exists()
+
+def test_a_file_under_another_name(tmp_path):
+    "A zip, a pickle, a model's weights, a text under a vector's name: one line, and nothing is run"
+    import gguf
+    v = Vector(torch.randn(3, 8), [1, 2, 3], "v"); save_vectors(v, tmp_path / "ours.safetensors"); save_vectors(v, tmp_path / "ours.npz"); export_vectors(v, tmp_path / "theirs.pt", "assistant-axis", n_layers=N); export_vectors(v, tmp_path / "theirs.json", "vllm-lens")
+    w = gguf.GGUFWriter(tmp_path / "model.gguf", "llama"); w.add_tensor("blk.0.ffn_up.weight", np.ones((4, 8), dtype=np.float32)); w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as z: z.writestr("a.txt", "hello")
+    (tmp_path / "pickled.pkl").write_bytes(pickle.dumps(Code(tmp_path / "ran"))); (tmp_path / "text.txt").write_text("hello"); (tmp_path / "empty.txt").write_bytes(b"")
+    given, true = sorted(p for p in tmp_path.iterdir() if p.is_file()), {".pt": {"theirs.pt"}, ".json": {"theirs.json"}, ".gguf": set()}
+    for suffix in (".pt", ".json", ".gguf"):
+        for p in given:
+            (path := tmp_path / f"disguised{suffix}").write_bytes(p.read_bytes())
+            if p.name in true[suffix]: assert import_vectors(path, n_layers=N).layers == (1, 2, 3); continue
+            with pytest.raises(VectorFileError) as e: import_vectors(path, n_layers=N)
+            assert "\n" not in str(e.value) and "disguised" in str(e.value), (suffix, p.name)
     assert not (tmp_path / "ran").exists()
 
 def test_any_bytes_are_read_or_refused_in_words(tmp_path):
