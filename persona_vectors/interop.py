@@ -57,6 +57,7 @@ def _lens(v):
 
 _PT = {'persona_vectors': _chen, 'assistant-axis': _lu, 'easysteer': _easysteer}
 
+# %% ../nbs/10_interop.ipynb #cell-10
 def export_vectors(
     vectors:Vector|PersonaVectors, # A vector, a trait or an axis; PersonaVectors for assistant-axis, which has a file for each role
     path:str|Path, # .pt, .json for vllm-lens, a folder for PersonaVectors; files are replaced in one step
@@ -96,7 +97,7 @@ def _export_roles(vectors, folder, target, n):
     for k,content in contents.items():
         with atomic_write(folder/f'{k}.pt') as f: torch.save(content, f)
 
-# %% ../nbs/10_interop.ipynb #cell-20
+# %% ../nbs/10_interop.ipynb #cell-22
 def import_role_vectors(
     folder:str|Path, # With <role>.pt of assistant-axis
     n_layers:int|None=None, # Depth of the model; checked
@@ -112,7 +113,7 @@ def import_role_vectors(
     if twice := next((k for k,c in Counter(v.name for v in found.values()).items() if c > 1), None): raise VectorFileError(f'{folder}: two files of the role {twice!r}')
     return PersonaVectors({v.name:v.values for v in found.values()}, first.layers, about=dict(source='assistant-axis', file=Path(folder).name))
 
-# %% ../nbs/10_interop.ipynb #cell-25
+# %% ../nbs/10_interop.ipynb #cell-27
 def from_peer(
     vector:Any, # A SteeringVector of steering-vectors, or a ControlVector of repeng or EasySteer
     name:str='', # What to call it
@@ -149,7 +150,7 @@ def to_control_vector(
     except AttributeError as e: raise ImportError(f'repeng cannot be imported ({e}): its 0.4.0 was written for numpy 1; say numpy.float_ = numpy.float64 before') from None
     return ControlVector(model_type, {l:vector[l].numpy().copy() for l in (vector.layers if layers is None else layers)})
 
-# %% ../nbs/10_interop.ipynb #cell-29
+# %% ../nbs/10_interop.ipynb #cell-31
 @dataclass(frozen=True)
 class Role:
     "A character of assistant-axis"
@@ -203,6 +204,7 @@ def role_personas(
     if short := next((r for r in roles.values() if not 1 <= prompt <= len(r.prompts)), None): raise CatalogError(f'{short.name!r} has prompts 1 to {len(short.prompts)}, not {prompt}')
     return {k:r.prompts[prompt - 1] for k,r in roles.items()}
 
+# %% ../nbs/10_interop.ipynb #cell-34
 def _lines(path, error):
     "Numbered objects of a file with one JSON object a line"
     try: lines = Path(path).read_text(encoding='utf-8').splitlines()
@@ -228,7 +230,7 @@ def import_questions(
     if twice := next((q for q,c in Counter(found).items() if c > 1), None): raise CatalogError(f'{path}: {twice!r} is asked twice')
     return found
 
-# %% ../nbs/10_interop.ipynb #cell-32
+# %% ../nbs/10_interop.ipynb #cell-37
 def _as_assistant(name, instruction): return f"You are {'an' if name[0].lower() in 'aeiou' else 'a'} {name} assistant. {instruction}" if name else instruction
 
 def import_trait(
@@ -248,7 +250,7 @@ def import_trait(
     try: return Trait(name=name, description=told or name, pairs=pairs, extraction_questions=_texts(path, found, 'questions'), evaluation_questions=_texts(evaluation, tested, 'questions'), rubric=told or None, source='persona_vectors')
     except ValidationError as e: raise CatalogError(f"{path}: {'; '.join(o['msg'] for o in e.errors()[:3])}") from None
 
-# %% ../nbs/10_interop.ipynb #cell-35
+# %% ../nbs/10_interop.ipynb #cell-40
 def import_role_answers(
     path:str|Path, # <role>.jsonl of assistant-axis
     model:str='', # Who wrote them
@@ -263,6 +265,7 @@ def import_role_answers(
         found.append((Request(persona, question, prompt or None, seen[persona, question], model), answer_of(said))); seen[persona, question] += 1
     return found
 
+# %% ../nbs/10_interop.ipynb #cell-43
 _COLUMNS = ('question', 'prompt', 'answer', 'question_id')
 
 def _verdict(text):
