@@ -283,7 +283,7 @@ def _rubric(text_or_rubric, what):
 def _kept(fig, report, folder, name, png):
     "Write figure and numbers; the files"
     from persona_vectors.files import atomic_write
-    from persona_vectors.plots import save_figure
+    from persona_vectors.canvas import save_figure
     files = save_figure(fig, folder/name, png)
     with atomic_write(folder/f'{name}.json', 'w') as f: json.dump(report, f, indent=1, default=lambda o: o.tolist() if hasattr(o, 'tolist') else str(o))
     return [*files, folder/f'{name}.json']
@@ -363,27 +363,35 @@ def capping(
 
 # %% ../nbs/16_data_commands.ipynb #cell-31
 FORMATS = dict(safetensors='what this package reads fastest; header with model, layers and origin', npz='arrays for numpy; the same header as text', pt='tensors for torch, without code in it; the same header',
-               capping='capping_config.pt of assistant-axis, from the capping.safetensors of `calibrate capping`') # name -> what it is
+               capping='capping_config.pt of assistant-axis, from the capping.safetensors of `calibrate capping`',
+               gguf='control vector for llama.cpp: what the persona adds, at the layers and as strongly as the config says', baked='folder of a whole model that adds it by itself, for any server; the model is loaded') # name -> what it is
 ExportFormat = Enum('ExportFormat', {k:k for k in FORMATS}, type=str)
 
-@app.command(rich_help_panel=_PANEL, epilog=examples('export sage --format npz', 'export control.gguf --out control.safetensors', 'export capping.safetensors --format capping', 'export --list'))
+@app.command(cls=Spread, rich_help_panel=_PANEL, epilog=examples('export sage --format npz', 'export sage --gguf', 'export sage --gguf --layers 4 5 --strength 0.4', 'export sage --format baked --out sage-model', 'export control.gguf --out control.safetensors', 'export capping.safetensors --format capping', 'export --list'))
 def export(
     what:Annotated[Optional[str], typer.Argument(metavar='PERSONA|FILE', help='A persona of the library, or a vector file (.safetensors, .npz, .pt, .gguf).', show_default=False)]=None,
     to:Annotated[Optional[ExportFormat], typer.Option('--format', help='[dim]Default: what --out ends in.[/]', show_default=False)]=None,
     out:Annotated[Optional[Path], typer.Option(metavar='FILE', help='Where to write. [dim]Default: the name, in this folder.[/]', show_default=False)]=None,
     raw:Annotated[bool, typer.Option('--raw', help='Of a persona: the vector as measured, with what points along the safety axis.')]=False,
+    gguf:Annotated[bool, typer.Option('--gguf', help='Short for --format gguf.')]=False,
+    layers:Annotated[Optional[list[int]], typer.Option(help='gguf, baked: where it is added. [dim]Default: the layers of the config; of a file, all it has.[/]', show_default=False)]=None,
+    strength:Annotated[Optional[float], typer.Option(help="gguf, baked: how strongly. [dim]Default: the strength of the config, in its unit; of a file, 1 times the vector.[/]", show_default=False)]=None,
     source:Annotated[Optional[str], typer.Option(help='Whose bare .pt it is: persona_vectors or assistant-axis.', show_default=False)]=None,
     list_formats:Annotated[bool, typer.Option('--list', help='Show the formats.')]=False,
     model:Model=None, config:Config=None, as_json:Json=False,
 ):
-    "Write a persona or a vector file in another format; no model is loaded."
+    "Write a persona or a vector file in another format. No model is loaded, but for --format baked."
     if list_formats: return show([dict(format=k, what=v) for k,v in FORMATS.items()], as_json)
     if what is None: raise typer.BadParameter('say what to export: a persona of the library, or a vector file')
+    if gguf and to not in (None, ExportFormat.gguf): raise typer.BadParameter(f'--gguf and --format {to.value}: one of them')
+    if gguf: to = ExportFormat.gguf
     if to is None and out is None: raise typer.BadParameter('say --format npz, or --out FILE.npz')
     from persona_vectors.personas import is_name
     kind, stem = to.value if to else out.suffix[1:], what if is_name(what) else Path(what).stem
-    out = out or Path(f'{stem}_config.pt' if kind == 'capping' else f'{stem}.{kind}')
+    if (layers or strength is not None) and kind not in ('gguf', 'baked'): raise typer.BadParameter(f'--layers and --strength are for --format gguf and baked; {kind} holds the vector as it is')
+    out = out or Path(dict(capping=f'{stem}_config.pt', baked=f'{stem}-baked').get(kind, f'{stem}.{kind}'))
     if kind == 'capping': _export_capping(what, out)
+    elif kind in ('gguf', 'baked'): _export_addition(library(model, config), what, kind, out, raw, source, layers, strength)
     else: _export_vectors(library(model, config) if is_name(what) else None, what, kind, out, raw, source)
     if as_json: show_json(dict(file=out, format=kind))
     else: print(out)
@@ -401,3 +409,34 @@ def _export_capping(path, out):
     if out.suffix != '.pt': raise ValueError(f'{out}: a capping config of assistant-axis is a .pt')
     if not Path(path).is_file(): raise ValueError(f'{path}: no such file; --format capping takes the capping.safetensors of `persona-steer calibrate capping`')
     export_capping_config([load_capping(path)], out)
+
+def _norms(manager, vector):
+    "{layer: median length of the residual stream}, of the baseline on disk"
+    from persona_vectors.formats import load_vectors
+    path = manager.config.data_dir/'vectors'/'assistant_baseline.safetensors'
+    if not path.is_file(): raise ValueError(f'{path}: not there, so it is not known how long the residual stream is; make it with: persona-steer extract-axes')
+    about = load_vectors(path).about
+    if about.get('fingerprint') != vector.about.get('fingerprint'): raise ValueError(f'{path}: is of another model than {vector.name}; make it again with: persona-steer extract-axes')
+    return dict(enumerate(about['norms']))
+
+def _addition(manager, what, raw, source, layers, strength):
+    "The `Add` of a persona, as chat and server do it, or of a file"
+    from persona_vectors.formats import load_vectors
+    from persona_vectors.interventions import Add
+    from persona_vectors.personas import is_name
+    if not is_name(what): v = _one(_of_file(what, source), None, what); return Add(v, 1. if strength is None else strength, layers or list(v.layers))
+    v, steering = replace(load_vectors(manager.info(what)['path']).vector('raw' if raw else 'vector'), name=what), manager.config.steering
+    norms = _norms(manager, v) if steering.unit == 'norm' or not layers else None
+    return Add(v, steering.default_strength if strength is None else strength, layers or manager.config.target_layers(len(norms)), unit=steering.unit, norms=norms)
+
+def _export_addition(manager, what, kind, out, raw, source, layers, strength):
+    "A control vector, or a whole model with the addition in its weights"
+    if kind == 'gguf' and out.suffix != '.gguf': raise ValueError(f'{out}: a control vector is written to a file that ends in .gguf')
+    o = _addition(manager, what, raw, source, layers, strength)
+    from persona_vectors.control_vectors import export_gguf, layer_sums
+    if kind == 'gguf': export_gguf(o, out)
+    else:
+        from persona_vectors.baking import bake
+        say(escape(str(bake(manager.model.model, o, out, manager.model.tokenizer))))
+    say(f"[dim]added at {'layer' if len(at := layer_sums(o).layers) == 1 else 'layers'} {', '.join(map(str, at))}; without the floor on the safety axis, which only persona-steer serve and vLLM can keep[/]")
+    say(escape(f'llama-server -m MODEL.gguf --control-vector {out}' if kind == 'gguf' else f'vllm serve {out}'))
