@@ -39,7 +39,7 @@ _NAMES = dict(
     server=('serve', 'serving'),
     online=('generate_and_extract',),
     canvas=('restyle', 'save_figure'),
-    plots=('plot_capping', 'plot_component', 'plot_cosine_matrix', 'plot_curves', 'plot_dots', 'plot_drift', 'plot_layers', 'plot_pca', 'plot_projections', 'plot_ranking', 'plot_scree', 'plot_split_half', 'plot_strength', 'plot_traits', 'plot_variants'),
+    plots=('plot_capping', 'plot_component', 'plot_cosine_matrix', 'plot_curves', 'plot_dots', 'plot_drift', 'plot_layers', 'plot_metric', 'plot_pca', 'plot_projections', 'plot_ranking', 'plot_scree', 'plot_split_half', 'plot_strength', 'plot_traits', 'plot_variants'),
     demo=('run_demo',),
 ) # module -> the names it gives to the package
 _MODULE = {name:module for module,names in _NAMES.items() for name in names}

@@ -67,7 +67,7 @@ def pca(
     x = center(x, x.mean(0)).numpy()
     if not x.any(): raise ValueError('all vectors are the same: nothing varies')
     if not 1 <= k <= len(x) - 1: raise ValueError(f'k={k}: {len(x)} vectors have 1 to {len(x)-1} components')
-    fit = PCA(n_components=k, svd_solver='full').fit(x)
+    fit = PCA(n_components=k, svd_solver='arpack' if k < len(x) - 1 and k < x.shape[1] else 'full', random_state=0).fit(x) # a few components of hundreds of personas: four times as fast
     xy = fit.transform(x)
     return xy*np.sign(xy[np.abs(xy).argmax(0), np.arange(k)]), fit.explained_variance_ratio_
 

@@ -81,11 +81,11 @@ def spread(
 
 _PLACES = [(dy, dx) for dy in ('middle', 'top', 'bottom') for dx in ('right', 'left', 'center') if (dy, dx) != ('middle', 'center')]
 
-def _box(x, y, w, h, dy, dx, gap=6):
-    "(left, bottom, right, top) of a name at one of the places around a point, in pixels"
-    left = {'right': x + gap, 'left': x - gap - w, 'center': x - w/2}[dx]
-    low = {'middle': y - h/2, 'top': y + gap, 'bottom': y - gap - h}[dy]
-    return left, low, left + w, low + h
+def _boxes(at, w, h, gap=6):
+    "(8, 4) left, bottom, right, top of a name at each place around a point, in pixels"
+    left = {'right': at[0] + gap, 'left': at[0] - gap - w, 'center': at[0] - w/2}
+    low = {'middle': at[1] - h/2, 'top': at[1] + gap, 'bottom': at[1] - gap - h}
+    return np.array([(left[dx], low[dy], left[dx] + w, low[dy] + h) for dy,dx in _PLACES])
 
 def place_labels(
     xy:np.ndarray, # (n, 2) of points
@@ -96,15 +96,17 @@ def place_labels(
     "Places for the names of points, such that no two overlap"
     low, span = xy.min(0), np.ptp(xy, 0)
     at = (xy - low)/np.where(span, span, 1)*np.array(size)
-    boxes, found = [(x - 5, y - 5, x + 5, y + 5) for x,y in at], [None]*len(at)
+    n, found = len(at), [None]*len(at)
+    taken = np.empty((2*n, 4)); taken[:n] = np.hstack([at - 5, at + 5]); filled = n # the points, then the names
     room = np.linalg.norm(at[:, None] - at[None], axis=-1); np.fill_diagonal(room, np.inf)
     for i in np.argsort(-room.min(1), kind='stable'):
-        taken = np.array([b for j,b in enumerate(boxes) if j != i]).reshape(-1, 4)
-        def covered(box): return (np.clip(np.minimum(taken[:, 2], box[2]) - np.maximum(taken[:, 0], box[0]), 0, None)*np.clip(np.minimum(taken[:, 3], box[3]) - np.maximum(taken[:, 1], box[1]), 0, None)).sum()
-        tried = [_box(*at[i], .58*font*len(names[i]), font*1.2, *p) for p in _PLACES]
-        cost = [covered(b) + 100*(max(-b[0] - 5, 0) + max(b[2] - size[0] - 60, 0)) for b in tried] # nothing runs into the axis at the left, or out of the figure
-        best = int(np.argmin(cost))
-        if cost[best] < 1: found[i] = ' '.join(_PLACES[best]); boxes.append(tried[best])
+        tried = _boxes(at[i], .58*font*len(names[i]), font*1.2)
+        low, high = np.maximum(tried[:, None, :2], taken[None, :filled, :2]), np.minimum(tried[:, None, 2:], taken[None, :filled, 2:])
+        area = np.clip(high - low, 0, None).prod(-1); area[:, i] = 0 # its own point is no obstacle
+        outside = np.clip(-tried[:, 0] - 5, 0, None) + np.clip(tried[:, 2] - size[0] - 60, 0, None) # nothing runs into the axis at the left, or out of the figure
+        cost = area.sum(1) + 100*outside
+        best = int(cost.argmin())
+        if cost[best] < 1: found[i] = ' '.join(_PLACES[best]); taken[filled] = tried[best]; filled += 1
     return found
 
 # %% ../nbs/11_canvas.ipynb #cell-13

@@ -257,7 +257,8 @@ class PersonaVectors(_Named):
 
     def at(self, layer:int)->'PersonaVectors': # {name: (d_model,)}
         if self.layers is None: raise VectorError('the layer of these vectors is not known: PersonaVectors(vectors, layers=[15])')
-        return self._made({k:self.vector(k)[layer] for k in self}, (layer,))
+        row = self.vector(next(iter(self)))._row(layer)
+        return self._made({k:x if x.ndim == 1 else x[row] for k,x in self.rows.items()}, (layer,)) # rows were checked when they came in, and there may be gigabytes of them
 
     def only(self, names:Iterable[str])->'PersonaVectors': # These personas, in this order
         return self._made({k:self[k] for k in names})
