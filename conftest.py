@@ -1,4 +1,13 @@
-"""Two things nbval does not know about pages that are edited with nbdev."""
+"""Three things pytest does not know: pages that are edited with nbdev, tests that run in the background, and which files take long."""
+import signal, threading
+
+# A shell that starts a job in the background tells it to ignore Ctrl-C, and the commands that the tests start and stop would inherit that.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files of more than about 20 seconds begin first, so that all workers end together (`--no-loadscope-reorder` keeps this order).
+SLOW = """tests/test_scale.py tests/test_generation.py tests/test_library_commands.py nbs/11_calibration.ipynb nbs/tutorials/04_steering.ipynb nbs/index.ipynb tests/test_page.py tests/test_calibration.py nbs/tutorials/02_persona_tiny.ipynb
+tests/test_server.py tests/test_terminal.py tests/test_cli.py nbs/tutorials/03_responses.ipynb tests/test_data_commands.py tests/test_trait_commands.py nbs/14_scale.ipynb nbs/16_demo.ipynb tests/test_extraction.py nbs/16_data_commands.ipynb
+tests/test_steering.py nbs/05_coherence.ipynb nbs/16_terminal.ipynb nbs/10_steering.ipynb nbs/07_statistics.ipynb nbs/tutorials/01_quickstart.ipynb tests/test_api.py nbs/11_projections.ipynb""".split()
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -6,3 +15,5 @@ def pytest_collection_modifyitems(items):
         if cell is None: continue
         if cell.get("execution_count", 0) is None: cell["execution_count"] = 1  # nbdev_clean blanks it, and nbval takes a blank for 'never run'
         if "nbdev_export()" in cell["source"]: cell["source"] = "pass"  # it rewrites the modules, which other tests are importing at this moment; tests/test_repository.py checks the export
+    at = {name: k for k, name in enumerate(SLOW)}
+    items.sort(key=lambda item: at.get(item.nodeid.partition("::")[0], len(at)))

@@ -13,7 +13,6 @@ from itertools import product
 from typing import Any, Callable, Sequence
 import numpy as np
 import torch
-from scipy.stats import binomtest, spearmanr
 from tqdm.auto import tqdm
 from .answers import stance
 from .capping import Capping
@@ -52,6 +51,7 @@ def _mean_interval(values, groups, seed=0, draws=1000):
 
 def _wilson(hits):
     "(share, low, high) of a list of booleans"
+    from scipy.stats import binomtest
     i = binomtest(sum(hits), len(hits)).proportion_ci(method='wilson')
     return sum(hits)/len(hits), i.low, i.high
 
@@ -92,6 +92,7 @@ class StrengthReport:
     def spearman(self, layer:int)->float: # 1 when every larger dose shows more; 0 when nothing moves
         "Rank correlation of dose and trait score"
         xs, ys = zip(*((d.dose, d.trait[0]) for d in self.at(layer)))
+        from scipy.stats import spearmanr
         return float(spearmanr(xs, ys).statistic) if len(set(ys)) > 1 else 0.
 
     def usable(self, layer:int)->tuple[float, float]|None: # (least, largest) dose; None when there is none

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
 import torch
 from torch import nn
-from scipy.stats import mannwhitneyu
 from tqdm.auto import tqdm
 from .chat import Messages, encode_chat
 
@@ -119,5 +118,6 @@ def same_source(
     "Whether responses from elsewhere can be this model's"
     if min(len(conversations), len(own)) < 5: raise ValueError(f'{len(conversations)} conversations and {len(own)} of its own: at least 5 of each are needed to tell a difference from chance')
     theirs, mine = (response_log_probs(model, tokenizer, c, progress=progress).numpy() for c in (conversations, own))
+    from scipy.stats import mannwhitneyu
     test = mannwhitneyu(theirs, mine)
     return SourceCheck(float(theirs.mean()), float(mine.mean()), float(test.statistic/(len(theirs)*len(mine))), float(test.pvalue), len(theirs))

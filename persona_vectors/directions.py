@@ -9,8 +9,6 @@ __all__ = ['METHODS', 'require_sides', 'diff_of_means', 'find_direction']
 from typing import Callable, Hashable, Sequence
 import numpy as np
 import torch
-from sklearn.covariance import LedoitWolf
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 # %% ../nbs/06_directions.ipynb #cell-06
@@ -61,11 +59,14 @@ def _in_span(fit):
         return x.T @ (vectors[:, kept]/root) @ torch.from_numpy(w)/scale
     return direction
 
-def _logistic(z, y): return LogisticRegression(C=1., max_iter=1000).fit(z, y).coef_[0]
+def _logistic(z, y):
+    from sklearn.linear_model import LogisticRegression # here, since most commands load this module and few fit anything
+    return LogisticRegression(C=1., max_iter=1000).fit(z, y).coef_[0]
 
 def _fisher(z, y):
     means = [z[y].mean(0), z[~y].mean(0)]
     within = z - np.where(y[:, None], *means)
+    from sklearn.covariance import LedoitWolf
     return np.linalg.solve(LedoitWolf(assume_centered=True).fit(within).covariance_, means[0] - means[1])
 
 _METHODS:dict[str, Callable] = dict(pca=_pca, logistic=_in_span(_logistic), lda=_in_span(_fisher))

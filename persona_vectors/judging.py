@@ -16,7 +16,6 @@ from pathlib import Path
 from string import Template
 from typing import Protocol, Sequence
 import numpy as np
-from scipy.stats import spearmanr
 from .config import PersonaVectorConfig
 from .catalog import Trait
 from .answers import refuses, split_thinking
@@ -288,6 +287,7 @@ def agreement(
     both = [(a.score, b.score) for a,b in zip(first, second) if a.status == b.status == 'ok']
     if len(both) < 3: raise ValueError(f'{len(both)} answers were scored by both judges: at least 3 are needed')
     a, b = np.array(both).T
+    from scipy.stats import spearmanr
     rank = float(spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else math.nan
     same = bool(((a >= threshold) == (b >= threshold)).all())
     return Agreement(rank, 1. if same else float(cohen_kappa_score(a >= threshold, b >= threshold)), len(both), len(first) - len(both))

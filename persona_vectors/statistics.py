@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Hashable, Sequence
 import numpy as np
 import torch
-from scipy.stats import norm, rankdata, t as student
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 from tqdm.auto import tqdm
 from .directions import METHODS, find_direction, require_sides
@@ -21,6 +19,7 @@ from .directions import METHODS, find_direction, require_sides
 # %% ../nbs/07_statistics.ipynb #cell-06
 def _wins(scores, on):
     "(pairs won, pairs) by the on rows; (n,) or (n, draws)"
+    from scipy.stats import rankdata # here, since most commands load this module and few test anything
     ranks, n = rankdata(scores, axis=0), on.sum(0)
     return (ranks*on).sum(0) - n*(n + 1)/2, n*(len(on) - n)
 
@@ -78,6 +77,7 @@ def _distances(scores, on, tests, weights):
 # %% ../nbs/07_statistics.ipynb #cell-10
 def _folds(groups, folds):
     "Held-out rows of each fold, whole questions each"
+    from sklearn.model_selection import GroupKFold
     return [test for _,test in GroupKFold(n_splits=folds).split(np.zeros(len(groups)), groups=groups)]
 
 def _held_out(K, on, tests, fit=None, weights=None):
@@ -166,6 +166,7 @@ def expanded_interval(
     n:int, # Questions that were resampled
 )->tuple[float, float]: # (low, high)
     "95% percentile interval, expanded for small n (Hesterberg 2015, The American Statistician 69:371)"
+    from scipy.stats import norm, t as student
     tail, drawn = 100*norm.cdf(-np.sqrt(n/(n - 1))*student.ppf(.975, n - 1)), drawn[~np.isnan(drawn)]
     if not len(drawn): return float('nan'), float('nan')
     return tuple(float(o) for o in np.percentile(drawn, (tail, 100 - tail), method='nearest')) # of what was drawn: halfway between two infinite d' is nothing
