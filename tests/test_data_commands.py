@@ -143,6 +143,37 @@ def test_exported_vectors_are_those_of_the_library(folder, library):
         found = load_vectors(folder / name)
         assert found.values.equal(there[row]) and found.layers == there.layers and found.about["fingerprint"] == there.about["fingerprint"]
 
+def test_a_control_vector_is_what_the_engine_adds(folder, library):
+    from persona_vectors import import_vectors
+    rows, norms = load_vectors(folder / "data/vectors/personas/ghost.safetensors"), load_vectors(folder / "data/vectors/assistant_baseline.safetensors").about["norms"]
+    out, err = run(folder, "export", "ghost", "--gguf")
+    assert out == "ghost.gguf\n" and "llama-server -m MODEL.gguf --control-vector ghost.gguf" in err and "added at layer 4; without the floor" in err
+    found = import_vectors(folder / "ghost.gguf")
+    assert found.layers == (4,) and found.name == "ghost" and found.about["fingerprint"] == rows.about["fingerprint"]
+    assert found[4].allclose(.6 * norms[4] * rows["vector"][4] / rows["vector"][4].norm(), atol=1e-5)
+    env = {"PERSONA_STEER_DATA_DIR": str(folder / "data")}
+    done = CliRunner().invoke(app, ["export", "ghost", "--raw", "--format", "gguf", "--layers", "2", "6", "--strength", "-0.4", "--out", str(folder / "two.gguf"), "--json"], env=env)
+    assert json.loads(done.stdout) == dict(file=str(folder / "two.gguf"), format="gguf")
+    two = import_vectors(folder / "two.gguf")
+    assert two.layers == (2, 6) and all(two[l].allclose(-.4 * norms[l] * rows["raw"][l] / rows["raw"][l].norm(), atol=1e-5) for l in (2, 6))
+    assert "Qwen3ForCausalLM has no bias" in str(CliRunner().invoke(app, ["export", "ghost", "--format", "baked", "--out", str(folder / "never")], env=env).exception) and not (folder / "never").exists()
+
+def test_a_baked_model_is_the_steered_one(tmp_path):
+    "A small random Llama with the embedded tokenizer: persona-tiny itself has no place for it"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from persona_vectors import Add, Vector, save_vectors, steer
+    from persona_vectors.models import model_source
+    torch.manual_seed(0); tokenizer = AutoTokenizer.from_pretrained(model_source("persona-tiny"))
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path / "llama"); tokenizer.save_pretrained(tmp_path / "llama")
+    v = Vector(torch.randn(4, 32), name="v"); save_vectors(v, tmp_path / "v.safetensors")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "v.safetensors"), "--format", "baked", "--layers", "0", "2", "--strength", "1.5", "--out", str(tmp_path / "baked"), "--model", str(tmp_path / "llama")], env={"PERSONA_STEER_DATA_DIR": str(tmp_path / "data")})
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path / 'baked'}\n" and "what is baked is off by up to" in done.stderr, (done.exception, done.output)
+    plain, baked = (AutoModelForCausalLM.from_pretrained(tmp_path / k) for k in ("llama", "baked")); ids = torch.randint(4000, (1, 12))
+    with torch.no_grad(), steer(plain, Add(v, 1.5, [0, 2])): wanted = plain(ids).logits
+    with torch.no_grad(): torch.testing.assert_close(baked(ids).logits, wanted, atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "baked").chat_template == tokenizer.chat_template
+
 def test_a_floor_is_found_saved_and_exported(folder):
     out, _ = run(folder, "calibrate", "capping", "--windows", "2-4", "--percentiles", 25, "--requests", 4, "--max-tokens", 12, "--no-png", "--out", "floors")
     cap = load_capping(folder / "floors/capping.safetensors")
@@ -156,7 +187,7 @@ def test_a_floor_is_found_saved_and_exported(folder):
 @pytest.mark.parametrize("line, code, words", [
     ("responses status nowhere.sqlite", 1, "make one with: persona-steer responses generate"), ("responses generate --store x.sqlite --personas gost", 1, "did you mean 'ghost'"), ("responses generate --store x.sqlite", 2, "--personas-file FILE"),
     ("responses generate --store x.sqlite --all --backend nobody", 2, "nobody"), ("responses generate --store x.sqlite --all --questions 99", 1, "there are 18"), ("responses generate --store x.sqlite --all --key-from NO_SUCH", 1, "export NO_SUCH="),
-    ("responses import x.sqlite nowhere.jsonl", 1, "no such file"), ("export", 2, "say what to export"), ("export ghost", 2, "--format npz"), ("calibrate capping --windows 4", 2, "first-last")])
+    ("responses import x.sqlite nowhere.jsonl", 1, "no such file"), ("export", 2, "say what to export"), ("export ghost", 2, "--format npz"), ("export ghost --gguf --format npz", 2, "one of them"), ("export ghost --format npz --layers 3", 2, "holds the vector as it is"), ("calibrate capping --windows 4", 2, "first-last")])
 def test_errors_are_a_line_and_leave_nothing(folder, line, code, words):
     out, err = run(folder, *line.split(), code=code)
     assert out == "" and words in " ".join(err.replace("│", " ").split()) and (code == 2 or err.startswith("error: ") and err.count("\n") == 1)
