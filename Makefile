@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server interop-peers docs help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -63,5 +63,12 @@ bench-steering: .venv/ready  ## what steering adds to a token, beside a bare hoo
 bench-server: .venv/ready  ## a server of steered personas: together beside one after the other, and 200 clients for a minute
 	@cd experiments/bench_server && ../../$(BIN)/python bench.py && ../../$(BIN)/python load.py
 
+interop-peers: .venv/ready  ## the same numbers from repeng, steering-vectors and us
+	@$(BIN)/pip install -q --no-deps --target experiments/interop_peers/build/peers -r experiments/interop_peers/peers.txt
+	@cd experiments/interop_peers && PYTHONPATH=build/peers ../../$(BIN)/python parity.py
+
+docs: .venv/ready  ## tutorials and API reference as a site in _docs/, offline
+	@$(BIN)/python tools/docs.py
+
 clean:  ## remove what was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist _docs *.egg-info .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from .console import Config, Model, SPELLING, examples, library, of_personas, say
 
 # %% ../nbs/17_cli.ipynb #cell-05
-_PARTS = dict(terminal='chat', library_commands='generate init config extract-axes extract create list info load unload delete', trait_commands='extract-trait analyze batch steer project', data_commands='judge export responses calibrate', doctor='doctor')
+_PARTS = dict(terminal='chat', library_commands='generate init config extract-axes extract create list info load unload delete', trait_commands='extract-trait analyze batch steer project', data_commands='judge export responses calibrate', lab='dashboard', doctor='doctor')
 _WHERE = {name:part for part,names in _PARTS.items() for name in names.split()}
 
 class _Door(TyperGroup):

@@ -8,7 +8,7 @@ __all__ = ['tiny_personas', 'VectorExplorer', 'LayerSweep', 'tiny_trait']
 # %% ../nbs/14_explorers.ipynb #cell-03
 import html
 from functools import lru_cache
-from typing import Mapping, Sequence
+from typing import Mapping
 import ipywidgets as W
 import numpy as np
 from torch import Tensor
@@ -173,7 +173,7 @@ class LayerSweep(Panel):
         sides, cut = self.held(self.layer.value), self.threshold.value
         show_figure(self.heaps, plot_projections(sides, subtitle=f'{self.trait.name} at layer {self.layer.value}, questions held out', threshold=cut), self.theme)
         rows = sorted((abs(s - cut), k, i, s) for k,scores in sides.items() for i,s in enumerate(scores))[:6]
-        self.hardest.value = f'<div style="font-weight:600;padding:6px 0">Nearest the threshold</div>' + ''.join(self._row(k, i, s, (s > cut) == (k == 'on')) for _,k,i,s in rows)
+        self.hardest.value = '<div style="font-weight:600;padding:6px 0">Nearest the threshold</div>' + ''.join(self._row(k, i, s, (s > cut) == (k == 'on')) for _,k,i,s in rows)
 
     def _row(self, side, i, score, right):
         said = self.activations.answers.get(side)

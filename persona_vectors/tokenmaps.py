@@ -7,7 +7,7 @@ __all__ = ['Picture', 'token_map', 'side_by_side']
 
 # %% ../nbs/13_tokenmaps.ipynb #cell-03
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Mapping, Sequence
 from plotly.colors import sample_colorscale
 from .canvas import DIVERGING, GROUP_COLORS
@@ -16,7 +16,7 @@ from .canvas import DIVERGING, GROUP_COLORS
 @dataclass(frozen=True)
 class Picture:
     "HTML that a notebook shows"
-    html:str
+    html:str=field(repr=False)
     def _repr_html_(self): return self.html
 
 def _spans(tokens, values, center, scale):
@@ -35,10 +35,10 @@ def token_map(
 )->Picture: # With a legend below
     "A text, token by token"
     if len(tokens) != len(values): raise ValueError(f'{len(tokens)} tokens, but {len(values)} values')
-    scale = scale or max((abs(v - center) for v in values), default=0) or 1.
+    scale = scale or float(max((abs(v - center) for v in values), default=0)) or 1.
     ramp = ', '.join(c for _,c in DIVERGING)
     legend = f'<div style="font-size:11px;margin-top:6px;opacity:.8">{html.escape(label)}: {center - scale:+.2f} <span style="display:inline-block;width:90px;height:9px;vertical-align:middle;background:linear-gradient(90deg,{ramp})"></span> {center + scale:+.2f}</div>'
-    return Picture(f'<div style="line-height:1.75;white-space:pre-wrap">{_spans(tokens, values, center, scale)}{legend if values else ""}</div>')
+    return Picture(f'<div style="line-height:1.75;white-space:pre-wrap">{_spans(tokens, values, center, scale)}{legend if len(values) else ""}</div>')
 
 # %% ../nbs/13_tokenmaps.ipynb #cell-12
 def side_by_side(

@@ -1,7 +1,6 @@
 """Answers in batches against one row at a time: a pass over the whole text, without cache, padding or any code of the package."""
 import logging, threading, time
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import accumulate
 
 import pytest

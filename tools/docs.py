@@ -30,7 +30,7 @@ TOPICS = {
     "Somebody to talk to": "personas engine batching making",
     "Looking": "canvas layouts plots tokenmaps panels explorers dashboards",
     "Many machines, and servers": "scale protocol server remote",
-    "The command": "runs trait_runs project console terminal data_commands library_commands trait_commands doctor demo cli",
+    "The command": "runs trait_runs project console terminal data_commands library_commands trait_commands doctor demo lab cli",
     "The package": "package",
 }
 
