@@ -22,7 +22,8 @@ from .extraction import ActivationExtractor
 from .generation import generate_local, generate_responses
 from .judging import reject, tiny_judge
 from .models import PERSONA_TINY, load_model
-from .plots import plot_cosine_matrix, plot_pca, plot_split_half, save_figure
+from .canvas import save_figure
+from .plots import plot_cosine_matrix, plot_pca, plot_split_half
 from .responses import Responses, save_responses
 from .interventions import Add
 from .steering import steer

@@ -291,7 +291,8 @@ def project(
     talks, owner = read_transcripts(file), library(model, config)
     axes, poles = _axes(list(dict.fromkeys(axis or ('assistant', 'safety'))), owner)
     rows = project_transcripts(owner.model.extractor, talks, axes, owner.assistant_baseline(), layer, owner.layers)
-    from persona_vectors.plots import plot_drift, save_figure
+    from persona_vectors.canvas import save_figure
+    from persona_vectors.plots import plot_drift
     files = save_figure(plot_drift(rows, poles), out or owner.config.data_dir/'projections'/f'{file.stem}.html', png)
     if as_json: show_json(dict(file=file, rows=rows, files=files))
     else:
