@@ -17,7 +17,6 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from .models import blocks, fingerprint, text_config
-from .vectors import Vector
 from .interventions import Add, SteeringError
 from .control_vectors import layer_sums
 from .steering import steer
