@@ -14,15 +14,15 @@ from persona_vectors.models import fingerprint, model_source
 from persona_vectors.vectors import Vector, VectorError
 
 IDS = torch.randint(5, 4000, (2, 40), generator=torch.Generator().manual_seed(1))
-NO_WINDOW = dict(mistral=dict(sliding_window=None), qwen2=dict(use_sliding_window=False))
+OWN = dict(mistral=dict(sliding_window=None), qwen2=dict(use_sliding_window=False), granite=dict(residual_multiplier=.4, embedding_multiplier=3., attention_multiplier=.2, logits_scaling=2.))  # a place for a bias only without a window; multipliers that are not 1
 BAKES = dict(llama="Llama", mistral="Llama", qwen2="Llama", granite="Granite", smollm3="SmolLM3", gpt_oss="GptOss", gpt2="GPT2LMHead", gpt_neox="GPTNeoX", phi="Phi", starcoder2="Starcoder2", opt="OPT", bloom="Bloom")
 WITH_WINDOW = ("mistral", "qwen2")  # which ARCHITECTURES gives a window
 
 def plain_model(name):
-    "Without a window where it has a place for a bias only without"
-    if name not in NO_WINDOW: return random_model(name)
+    "As ARCHITECTURES has it, or of its own"
+    if name not in OWN: return random_model(name)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZE, **NO_WINDOW[name]})).float().eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZE, **OWN[name]})).float().eval()
     for p in model.parameters():
         with torch.no_grad(): p.normal_(0, .15) if p.ndim > 1 else p.add_(.1*torch.randn_like(p))
     return model
