@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server interop-peers docs help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server interop-peers interop-llamacpp docs help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -66,6 +66,19 @@ bench-server: .venv/ready  ## a server of steered personas: together beside one 
 interop-peers: .venv/ready  ## the same numbers from repeng, steering-vectors and us
 	@$(BIN)/pip install -q --no-deps --target experiments/interop_peers/build/peers -r experiments/interop_peers/peers.txt
 	@cd experiments/interop_peers && PYTHONPATH=build/peers ../../$(BIN)/python parity.py
+
+LLAMA := experiments/interop_llamacpp/build
+$(LLAMA)/ready:
+	@mkdir -p $(LLAMA)/sdist $(LLAMA)/source && $(PYTHON) -m venv $(LLAMA)/venv
+	@$(LLAMA)/venv/bin/pip install -q -c constraints.txt -e '.[gguf]' sentencepiece jinja2
+	@$(LLAMA)/venv/bin/pip download -q --no-deps --no-binary :all: -d $(LLAMA)/sdist llama-cpp-python==0.3.36
+	@tar xzf $(LLAMA)/sdist/*.tar.gz -C $(LLAMA)/source --strip-components=1
+	@CMAKE_BUILD_PARALLEL_LEVEL=1 $(LLAMA)/venv/bin/pip install -q $(LLAMA)/source
+	@cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/llama -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	@cmake --build $(LLAMA)/llama --target llama-server && touch $@
+
+interop-llamacpp: $(LLAMA)/ready  ## control vectors and baked models in llama.cpp itself (builds it once, about 25 minutes)
+	@cd experiments/interop_llamacpp && build/venv/bin/python run.py --source build/source/vendor/llama.cpp --server build/llama/bin/llama-server
 
 docs: .venv/ready  ## tutorials and API reference as a site in _docs/, offline
 	@$(BIN)/python tools/docs.py
