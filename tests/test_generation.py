@@ -80,11 +80,14 @@ url, path, n, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4
 config = PersonaVectorConfig(base_url=url, openrouter_model="test/model", openrouter_api_key="%s", max_tokens=16, max_concurrent_requests=8, request_timeout=5)
 def run(): print(len(generate_answers({"sage": "You are a sage."}, [f"Question {i}?" for i in range(n)], config, path, progress=False)), flush=True)
 rng, kept = random.Random(7), []
-for _ in range(kills):
-    child = os.fork()
+def stored():
+    with ResponseStore(path) as store: return len(store)
+for k in range(kills):
+    before, child = stored(), os.fork()
     if not child: run(); os._exit(0)
-    time.sleep(rng.uniform(.2, 1.2)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
-    with ResponseStore(path) as store: kept.append(len(store))
+    while k & 1 and stored() == before: time.sleep(.02) # every other time in the midst of answers, however busy the machine is
+    time.sleep(rng.uniform(0, .4) if k & 1 else rng.uniform(.1, .8)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    kept.append(stored())
 print("ready", kept, flush=True)
 run()
 """ % KEY
