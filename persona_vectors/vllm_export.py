@@ -87,7 +87,7 @@ def _config(folder):
 
 # %% ../nbs/11_vllm_export.ipynb #cell-15
 VLLM_ARCHITECTURES = ('GemmaForCausalLM', 'Gemma2ForCausalLM', 'Gemma3ForCausalLM', 'Glm4ForCausalLM', 'GptOssForCausalLM', 'GraniteForCausalLM', 'LlamaForCausalLM', 'MistralForCausalLM', 'Phi3ForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM') # in code of vLLM
-TRANSFORMERS_ARCHITECTURES = ('CohereForCausalLM', 'GPTNeoXForCausalLM', 'Olmo2ForCausalLM', 'Olmo3ForCausalLM', 'SmolLM3ForCausalLM', 'Starcoder2ForCausalLM') # in code of transformers, which vLLM can run too; all of both were compared with `steer` in experiments/interop_vllm
+TRANSFORMERS_ARCHITECTURES = ('CohereForCausalLM', 'Olmo2ForCausalLM', 'Olmo3ForCausalLM', 'SmolLM3ForCausalLM', 'Starcoder2ForCausalLM') # in code of transformers, which vLLM can run too; all of both were compared with `steer` in experiments/interop_vllm
 IMPLEMENTATIONS = ('auto', 'vllm', 'transformers')
 FORMAT, FILE = 1, f'{_STEERING}/interventions.safetensors' # of the steps, inside the checkpoint
 

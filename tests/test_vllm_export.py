@@ -197,7 +197,7 @@ def test_plugin_needs_torch_and_safetensors_only():
     assert done.stdout.strip() == "[]", done.stderr
     for f in (PLUGIN / "persona_steer_vllm").glob("*.py"):
         tops = {(n.module or "").split(".")[0] if isinstance(n, ast.ImportFrom) and not n.level else "" for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))} | {a.name.split(".")[0] for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Import) for a in n.names}
-        assert tops <= {"", "dataclasses", "fcntl", "hashlib", "json", "logging", "os", "pathlib", "typing", "torch", "safetensors", "vllm", "huggingface_hub"}, f
+        assert tops <= {"", "dataclasses", "fcntl", "hashlib", "json", "logging", "os", "pathlib", "time", "typing", "torch", "safetensors", "vllm", "huggingface_hub"}, f
 
 def test_both_sides_know_the_same():
     assert persona_steer_vllm.ARCHITECTURES == vllm_export.VLLM_ARCHITECTURES and persona_steer_vllm.PREFIX == "PersonaSteered"

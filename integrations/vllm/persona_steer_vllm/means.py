@@ -2,7 +2,7 @@
 
 vLLM's own `extract_hidden_states` keeps the chosen layers of each token beside the KV cache; the connector here averages them when an answer is finished, on the device, and writes `n_layers x d_model` numbers instead of one row per token.
 """
-import fcntl, os
+import fcntl, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
@@ -59,9 +59,21 @@ def reading(
 
 def read_mean(
     output:Any, # A RequestOutput of vLLM, or the path that a server has put in `kv_transfer_params`
+    timeout:float=60, # Seconds to wait for the file; it is there moments after the answer
 )->tuple[Tensor, list[int]]: # ((n_layers, d_model) float32, ids of the tokens it is the mean of)
-    "The mean of one answer; its file is removed"
+    "The mean of one answer; its file is removed. Raises TimeoutError"
     path = output if isinstance(output, (str, Path)) else output.kv_transfer_params['hidden_states_path']
-    with open(f'{path}.lock') as lock: fcntl.flock(lock, fcntl.LOCK_SH); found = load_file(path) # the lock is free once the file is whole
+    end = time.monotonic() + timeout
+    with open(f'{path}.lock') as lock:
+        while not _free(lock):
+            if time.monotonic() > end: raise TimeoutError(f'{path} was not written in {timeout:g} s; an engine inside this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) stops before the last answers are written, so let it have its own')
+            time.sleep(.01)
+    found = load_file(path)
     for name in (path, f'{path}.lock'): Path(name).unlink()
     return found['mean'], found['token_ids'].tolist()
+
+def _free(lock):
+    "Whether the writer has let go of it: the file is whole then"
+    try: fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    return True
