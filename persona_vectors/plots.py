@@ -281,7 +281,7 @@ def plot_traits(
     beaten = sum(o['nested_low'] > o['noise'] for o in rows.values())
     marks = {'random directions, up to': {k:o['noise'] for k,o in rows.items()}, 'same words on both sides': {k:o['same_text_auc'] for k,o in known.items()}, 'random, same words': {k:o['same_text_noise'] for k,o in known.items()}}
     low = min([min(o['nested_low'], o['noise']) for o in rows.values()] + [o['same_text_auc'] for o in known.values()])
-    return plot_dots({k:o['nested_auc'] for k,o in rows.items()}, {k:(o['nested_low'], o['nested_high']) for k,o in rows.items()}, {k:m for k,m in marks.items() if m}, title=title or f'{beaten} of {len(rows)} traits are above what random directions reach',
+    return plot_dots({k:o['nested_auc'] for k,o in rows.items()}, {k:(o['nested_low'], o['nested_high']) for k,o in rows.items()}, {k:m for k,m in marks.items() if m}, title=title or ('Random directions reach 1.00 too: more answers would tell' if all(o['noise'] > .995 for o in rows.values()) else f'{beaten} of {len(rows)} traits are above what random directions reach'),
                      subtitle='AUC on held-out questions, layer chosen on the others; lines: 95% intervals', x_title='held-out AUC', x_range=(min(.45, low - .02), 1.02), name='direction')
 
 # %% ../nbs/12_plots.ipynb #cell-36
