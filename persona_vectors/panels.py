@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from .canvas import SOFT, restyle
 
 # %% ../nbs/13_panels.ipynb #cell-05
-CONTROL = dict(style=dict(description_width='90px'), layout=W.Layout(width='340px')) # so that controls stand below each other
+CONTROL = dict(style=dict(description_width='90px'), layout=dict(width='340px')) # so that controls stand below each other; a W.Layout would be one for all, and who hides one control hides all
 WRONG = '#b2182b'
 
 class Panel(W.VBox):
