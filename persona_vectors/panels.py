@@ -48,9 +48,16 @@ def show_figure(
         shown = place.children[0]
         with shown.batch_update():
             for old,new in zip(shown.data, fig.data): old.update(new.to_plotly_json(), overwrite=True)
-            shown.layout.update(fig.layout.to_plotly_json(), overwrite=True)
-    else: place.children = [go.FigureWidget(fig)]
+            shown.layout.update(_layout(fig), overwrite=True)
+    else: place.children = [go.FigureWidget(fig.data, _layout(fig))]
     return place.children[0]
+
+def _layout(fig):
+    "With the subtitle as a second line of the title: a widget is drawn before it has a place in the page, where text has no height, and what plotly puts below a title would lie on it"
+    layout = fig.layout.to_plotly_json()
+    title = layout.get('title', {}); below = title.pop('subtitle', {}).get('text')
+    if below: title['text'] = f'{title["text"]}<br><span style="font-size:12px;color:{SOFT}">{below}</span>'
+    return layout
 
 # %% ../nbs/13_panels.ipynb #cell-11
 class Background:
