@@ -146,6 +146,7 @@ def test_LayerSweep_finds_a_layer(panel, notebook, request):
     before, hardest = share(), panel.text().partition("Nearest the threshold")[2]
     panel.drag("threshold", 70)
     until(lambda: panel.text().partition("Nearest the threshold")[2] != hardest, "other answers are the nearest")
+    until(lambda: abs(float(panel.readout("threshold")) - notebook.ask("layersweep.threshold.value")) < .006, "the kernel has heard where the drag ended")
     cut = notebook.ask("layersweep.threshold.value")
     assert cut > 0 and abs(float(panel.readout("threshold")) - cut) < .006
     right = notebook.ask(f"(lambda s: 100*(sum(s['on'] > {cut}) + sum(s['off'] <= {cut}))/(len(s['on']) + len(s['off'])))(layersweep.held({layer})).item()")
