@@ -5,7 +5,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server interop-peers interop-llamacpp docs help
+.PHONY: demo test lab export run clean fixtures persona-tiny eval-persona-tiny ship-persona-tiny variants bench-extraction bench-generation bench-steering bench-server interop-peers interop-llamacpp prove-vllm docs help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -79,6 +79,9 @@ $(LLAMA)/ready:
 
 interop-llamacpp: $(LLAMA)/ready  ## control vectors and baked models in llama.cpp itself (builds it once, about 25 minutes)
 	@cd experiments/interop_llamacpp && build/venv/bin/python run.py --source build/source/vendor/llama.cpp --server build/llama/bin/llama-server
+
+prove-vllm: .venv/ready  ## our checkpoints in vLLM itself (3.4 GB once, then about 25 minutes on 2 cores)
+	@cd experiments/interop_vllm && ../../$(BIN)/python prove.py
 
 docs: .venv/ready  ## tutorials and API reference as a site in _docs/, offline
 	@$(BIN)/python tools/docs.py

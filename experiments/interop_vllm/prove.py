@@ -1,6 +1,6 @@
 """Does vLLM say what `steer` says? Log-probabilities, response means, a server, two processes, and what happens when the plugin or a reset is missing.
 
-    python prove.py                     # makes vLLM's environment under build/ the first time (3.4 GB), then about 10 minutes on 2 cores; writes results.json
+    python prove.py                     # makes vLLM's environment under build/ the first time (3.4 GB), then about 25 minutes on 2 cores; writes results.json
     VLLM_PYTHON=.../bin/python python prove.py   # with an environment that is there; `--only logprobs means` asks some questions again
 
 Tiny random models in float32, and persona-tiny. References come from this environment, answers from `engine.py` in vLLM's.

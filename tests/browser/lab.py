@@ -68,7 +68,7 @@ class Notebook:
         self.complaints, self.outside = [], []
         self.page = browser.new_page(**context)
         self.page.set_default_timeout(30_000)
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+        self.page.on("console", lambda m: self.complaints.append(f"{m.text} {m.location.get('url', '')}") if m.type == "error" and not m.text.startswith("Failed to load resource") else None)  # JupyterLab asks for files that need not be there; requests elsewhere are counted apart
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         for event in ("request", "websocket"): self.page.on(event, self._asked)
         self.page.goto(url)
