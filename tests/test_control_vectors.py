@@ -66,7 +66,9 @@ def test_llama_cpp_said_the_same():
     "The stored result of experiments/interop_llamacpp, which runs in an environment of its own"
     told = json.loads((Path(__file__).parent.parent / "experiments/interop_llamacpp/results.json").read_text())
     llama, files = told["control_vectors"]["random Llama"], [f for m in told["control_vectors"].values() for f in m["files"]]
-    assert told["passed"] and told["prompts"] == 20 and told["bar"] == 2e-5
+    assert told["prompts"] == 20 and told["bar"] == 2e-5
+    beyond = told["summary"]["beyond_the_bar"]  # missed, and said to be: two models whose engines are as far apart without any vector
+    assert told["passed"] is False and {k.split(" without")[0] for k in beyond} == {"persona-tiny", "baked gpt2"} and all(r["difference"] < 2*r["unsteered"] for r in beyond.values())
     assert all(f["difference"] < 2e-5 for f in llama["files"]) and all(b["difference"] < (2*b["unsteered"] if b["model"] == "gpt2" else 2e-5) for b in told["baked"] if "refused" not in b)
     assert all(f["answers"] == f["changed"] == f["of"] == 20 for f in files) and min(x for f in files for k, x in f.items() if k.startswith("one layer")) > .1
     assert {b["model"] for b in told["baked"] if "refused" not in b} >= {"llama", "mistral", "qwen2", "granite"}

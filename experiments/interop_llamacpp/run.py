@@ -193,7 +193,8 @@ def main():
     off = min(x for r in rows.values() for k, x in r.items() if k.startswith("one layer"))
     beyond = {k: dict(difference=r["difference"], unsteered=r["unsteered"]) for k, r in rows.items() if r["difference"] >= BAR}
     results["summary"] = dict(within_the_bar=len(rows) - len(beyond), largest_within_the_bar=max(r["difference"] for k, r in rows.items() if k not in beyond), beyond_the_bar=beyond, smallest_when_one_layer_off=off, answers=sum(r["answers"] for r in rows.values()), of=sum(r["of"] for r in rows.values()), refused=[r["model"] for r in results["baked"] if "refused" in r])
-    results["passed"] = all(r["difference"] < max(BAR, 2*r["unsteered"]) for r in rows.values()) and off > 1000*BAR and results["summary"]["answers"] == results["summary"]["of"]  # where the engines differ by more than the bar without any vector, a vector must not add to it
+    results["passed"] = not beyond and off > 1000*BAR and results["summary"]["answers"] == results["summary"]["of"]
+    results["adds_nothing"] = all(r["difference"] < 2*r["unsteered"] for r in beyond.values())  # where a model is beyond the bar: are the engines as far apart without any vector?
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results["summary"]), "passed" if results["passed"] else "MISSED")
     sys.exit(not results["passed"])
