@@ -318,6 +318,7 @@ class Batcher:
                     if any(j.finish or j.cancelled for j in self._rows) or self._waiting and len(self._rows) < self.max_rows: break
             finally:
                 if listening: listening.remove()
+        if any(j.finish for j in self._rows): self._tell(self._rows) # now that nothing is on the model: who hears of an end may want to run it
         for job in self._rows:
             if job.cancelled and not job.finish: job.ended('cancelled'); self._tell([job])
         going = [k for k,j in enumerate(self._rows) if not j.finish]
@@ -331,7 +332,7 @@ class Batcher:
             for job,p in zip(self._rows, h.tolist()): job.heard.append(p)
         heard.clear()
         self._take(self._rows, logits)
-        self._tell(self._rows)
+        if not any(j.finish for j in self._rows): self._tell(self._rows) # an end is told by `_speak`
 
     def _pass(self, new):
         "(rows, vocabulary) logits after one more token of each"

@@ -262,3 +262,14 @@ def test_what_comes_before_a_stop_string_in_its_token_is_said():
         job.take(Token(token, None), {1})
         said = (word if end == "length" else cut(word, [word[-2:]])).strip()
         assert "".join(p.text for p in job.pieces) == job.text.shown == said and job.finish == end and said
+
+def test_who_hears_of_an_end_finds_the_model_as_it_was(tiny):
+    "The end of an answer is told when nothing of the batch is on the model any more, so that the listener may run it"
+    seen, hooks = [], lambda: [(list(b._forward_hooks), list(b._forward_pre_hooks)) for b in block_modules(tiny.model, tiny.n)]
+    before = hooks()
+    def listen(jobs):
+        if any(j.finish for j in jobs): seen.append(hooks() == before)
+    batcher = endless(tiny.manners, max_rows=4, on_news=listen)
+    try: batcher.answer([Asked(tiny.ids[:8], tiny.manner(1, safety=safe), max_tokens=n, temperature=0) for safe, n in ((False, 3), (True, 9), (False, 9))])
+    finally: batcher.close()
+    assert len(seen) >= 2 and all(seen), seen
