@@ -5,8 +5,8 @@ import signal, threading
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files of more than about 20 seconds begin first, so that all workers end together (`--no-loadscope-reorder` keeps this order).
-SLOW = """tests/test_scale.py tests/test_generation.py tests/test_library_commands.py nbs/11_calibration.ipynb nbs/tutorials/04_steering.ipynb nbs/index.ipynb tests/test_page.py tests/test_calibration.py nbs/tutorials/02_persona_tiny.ipynb
-tests/test_server.py tests/test_terminal.py tests/test_cli.py nbs/tutorials/03_responses.ipynb tests/test_data_commands.py tests/test_trait_commands.py nbs/14_scale.ipynb nbs/16_demo.ipynb tests/test_extraction.py nbs/16_data_commands.ipynb
+SLOW = """tests/test_scale.py tests/test_generation.py tests/test_library_commands.py nbs/11_calibration.ipynb nbs/tutorials/04_steering.ipynb nbs/index.ipynb tests/test_page.py tests/test_calibration.py nbs/tutorials/11_persona_tiny.ipynb tests/browser/test_dashboards.py
+tests/test_server.py tests/test_terminal.py tests/test_cli.py nbs/tutorials/08_responses.ipynb nbs/tutorials/06_safety_and_capping.ipynb tests/test_data_commands.py tests/test_trait_commands.py nbs/14_scale.ipynb nbs/16_demo.ipynb tests/test_extraction.py nbs/16_data_commands.ipynb
 tests/test_steering.py nbs/05_coherence.ipynb nbs/16_terminal.ipynb nbs/10_steering.ipynb nbs/07_statistics.ipynb nbs/tutorials/01_quickstart.ipynb tests/test_api.py nbs/11_projections.ipynb""".split()
 
 def pytest_collection_modifyitems(items):

@@ -194,13 +194,13 @@ class SteeringPlayground(Panel):
     # A sweep
 
     def start_sweep(self)->None:
-        "Ask at eight strengths from 0 to the one that is set, or to the largest"
+        "Ask at eight strengths, from 0 to half as much again as the one that is set, or to the largest"
         self.end()
         with self.telling():
             if not self.speaker: raise ValueError('choose a persona first: nobody has no strength')
             top = self.strength.value or self.manager.config.steering.default_strength
-            doses = [round(top*1.5*k/7, 2) for k in range(8)]
-            doses = [d for d in doses if abs(d) <= self.manager.config.steering.max_strength]
+            most = min(abs(top)*1.5, self.manager.config.steering.max_strength)*(1 if top > 0 else -1)
+            doses = [round(most*k/7, 2) for k in range(8)]
             self.jobs, self.shown.value, self.audit.value, self._began = {}, '', '', time.monotonic()
             self.say('asking at strengths ' + ', '.join(f'{d:g}' for d in doses))
             self._sweep = self._submit({d:self._manner(d, self.safety.value) for d in doses})

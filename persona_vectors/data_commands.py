@@ -369,7 +369,7 @@ ExportFormat = Enum('ExportFormat', {k:k for k in FORMATS}, type=str)
 
 @app.command(cls=Spread, rich_help_panel=_PANEL, epilog=examples('export sage --format npz', 'export sage --gguf', 'export sage --gguf --layers 4 5 --strength 0.4', 'export sage --format baked --out sage-model', 'export control.gguf --out control.safetensors', 'export capping.safetensors --format capping', 'export --list'))
 def export(
-    what:Annotated[Optional[str], typer.Argument(metavar='PERSONA|FILE', help='A persona of the library, or a vector file (.safetensors, .npz, .pt, .gguf).', show_default=False)]=None,
+    what:Annotated[Optional[str], typer.Argument(metavar='PERSONA|FILE', autocompletion=anybody, help='A persona of the library, or a vector file (.safetensors, .npz, .pt, .gguf).', show_default=False)]=None,
     to:Annotated[Optional[ExportFormat], typer.Option('--format', help='[dim]Default: what --out ends in.[/]', show_default=False)]=None,
     out:Annotated[Optional[Path], typer.Option(metavar='FILE', help='Where to write. [dim]Default: the name, in this folder.[/]', show_default=False)]=None,
     raw:Annotated[bool, typer.Option('--raw', help='Of a persona: the vector as measured, with what points along the safety axis.')]=False,

@@ -36,7 +36,7 @@ def tiny_personas(
 )->Activations: # 23 personas, a row per answer, all layers; with the answers
     "Activations of persona-tiny under every persona of the catalog"
     asked = list(EVAL_QUESTIONS)[:questions]
-    said = generate_responses(personas=PERSONAS, questions=asked, config=_TINY, progress=False)
+    said = generate_responses(personas=PERSONAS, questions=asked, config=_TINY, progress=False, keep=('ok', 'truncated'))
     return persona_activations(ActivationExtractor(_TINY), PERSONAS, asked, said, 'all', progress=False, keep=('ok', 'truncated'))
 
 # %% ../nbs/14_explorers.ipynb #cell-09
@@ -189,6 +189,6 @@ def tiny_trait(
     "A trait as persona-tiny shows it"
     trait = trait or find_trait(name)
     extractor, asked = as_extractor(PERSONA_TINY, _TINY), list(trait.extraction_questions)[:n_samples]
-    said = generate_responses(personas=trait_personas(trait), questions=asked, config=_TINY, progress=False)
+    said = generate_responses(personas=trait_personas(trait), questions=asked, config=_TINY, progress=False, keep=('ok', 'truncated'))
     activations, same = trait_activations(extractor, trait, asked, said, keep=('ok', 'truncated'), progress=False)
     return trait_vector(activations, trait.name, same_text=same, bootstrap=300, permutations=200), activations
