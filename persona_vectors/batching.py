@@ -110,7 +110,8 @@ class Job:
     def __init__(self, asked:Asked, tokenizer:Any):
         self.asked, self.text = asked, Text(tokenizer, asked.stop, asked.trim)
         self.pieces:deque[Piece] = deque() # Those nobody has taken yet
-        self.finish:str|None = None
+        self.finish:str|None = None # Told when nothing of it is on the model any more, so that who sees it may run the model
+        self._new, self._end = [], None # What is not told yet
         self.error:Exception|None = None # Why it failed
         self.heard:list[float] = [] # Projections of its tokens, where there is an `Ear`
         self.rng = np.random.default_rng(row_seed(asked.seed, asked.prompt, asked.sample))
@@ -128,11 +129,18 @@ class Job:
         shown = self.text.add(token.id)
         if self.text.stopped: return self.ended('stop', token, shown)
         if len(self.said) == self.asked.max_tokens: return self.ended('length', token, shown)
-        self.pieces.append(Piece(shown, token))
+        self._new.append(Piece(shown, token))
 
     def ended(self, why:str, token:Token|None=None, shown:str='')->None:
         "There is no more"
-        self.pieces.append(Piece(shown + self.text.end(), token, why)); self.finish = why
+        self._new.append(Piece(shown + self.text.end(), token, why)); self._end = why
+
+    @property
+    def over(self)->bool: return self._end is not None # Nothing more will be said
+
+    def tell(self)->None:
+        "Let others see what is new"
+        self.pieces.extend(self._new); self._new.clear(); self.finish = self._end
 
 # %% ../nbs/13_batching.ipynb #cell-12
 @dataclass
@@ -278,7 +286,9 @@ class Batcher:
         self._tell(failed)
 
     def _tell(self, jobs):
-        with self._changed: self._changed.notify_all()
+        with self._changed:
+            for j in jobs: j.tell()
+            self._changed.notify_all()
         if self.on_news and jobs: self.on_news(jobs)
 
     def _admit(self):
@@ -297,7 +307,7 @@ class Batcher:
         prompt = list(asked.prompt); memory.begin(prompt)
         with steer(self.model, *self.manners.interventions(asked.manner, Turn(prompt, spans=list(asked.spans)).places(0, len(prompt)))): logits = memory.feed(prompt)
         self._take([job], logits[None])
-        if job.finish: return
+        if job.over: return
         if self.max_rows == 1: self._memory = memory
         else:
             own = Shelf(memory.cache, torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device))
@@ -315,13 +325,13 @@ class Batcher:
             try:
                 while True:
                     self._step(heard) # always one: steering that was never used is an error
-                    if any(j.finish or j.cancelled for j in self._rows) or self._waiting and len(self._rows) < self.max_rows: break
+                    if any(j.over or j.cancelled for j in self._rows) or self._waiting and len(self._rows) < self.max_rows: break
             finally:
                 if listening: listening.remove()
-        if any(j.finish for j in self._rows): self._tell(self._rows) # now that nothing is on the model: who hears of an end may want to run it
+        if any(j.over for j in self._rows): self._tell(self._rows) # now that nothing is on the model: who hears of an end may want to run it
         for job in self._rows:
-            if job.cancelled and not job.finish: job.ended('cancelled'); self._tell([job])
-        going = [k for k,j in enumerate(self._rows) if not j.finish]
+            if job.cancelled and not job.over: job.ended('cancelled'); self._tell([job])
+        going = [k for k,j in enumerate(self._rows) if not j.over]
         if len(going) < len(self._rows): self._shelf = self._shelf.keep(going) if going else None
         self._rows = [self._rows[k] for k in going]
 
@@ -332,7 +342,7 @@ class Batcher:
             for job,p in zip(self._rows, h.tolist()): job.heard.append(p)
         heard.clear()
         self._take(self._rows, logits)
-        if not any(j.finish for j in self._rows): self._tell(self._rows) # an end is told by `_speak`
+        if not any(j.over for j in self._rows): self._tell(self._rows) # an end is told by `_speak`
 
     def _pass(self, new):
         "(rows, vocabulary) logits after one more token of each"

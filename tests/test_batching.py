@@ -259,7 +259,7 @@ def test_what_comes_before_a_stop_string_in_its_token_is_said():
     token = next(i for i in range(300, 4096) if len(TOKENIZER.decode([i]).strip()) > 6)
     for end in ("length", "stop"):
         word = TOKENIZER.decode([token]); job = Job(Asked([5], UNSTEERED, 1 if end == "length" else 9, stop=[word[-2:]] if end == "stop" else []), TOKENIZER)
-        job.take(Token(token, None), {1})
+        job.take(Token(token, None), {1}); job.tell()
         said = (word if end == "length" else cut(word, [word[-2:]])).strip()
         assert "".join(p.text for p in job.pieces) == job.text.shown == said and job.finish == end and said
 
