@@ -511,11 +511,11 @@ def _stoppable(chat):
 
 @contextmanager
 def _unechoed():
-    "What is typed during an answer is not shown in the midst of it; the next line begins with it"
+    "What is typed during an answer is not shown in the midst of it, the next line begins with it; Ctrl-C takes nothing away that a slow terminal has not read yet"
     try: import termios
     except ImportError: yield; return # Windows
     former = termios.tcgetattr(sys.stdin)
-    try: termios.tcsetattr(sys.stdin, termios.TCSANOW, [*former[:3], former[3] & ~termios.ECHO, *former[4:]]); yield
+    try: termios.tcsetattr(sys.stdin, termios.TCSANOW, [*former[:3], former[3] & ~termios.ECHO | termios.NOFLSH, *former[4:]]); yield
     finally: termios.tcsetattr(sys.stdin, termios.TCSANOW, former)
 
 def talk(

@@ -192,6 +192,7 @@ def test_a_new_width_holds_from_the_next_answer_on(chat, tmp_path):
         chat.type("/reset", "a new conversation")
         chat.type("Tell me a story.")
         chat.wait(lambda: len(chat.text) > 700)
+        time.sleep(.4)  # a slow terminal: what it has not read yet must survive Ctrl-C
         chat.child.send(CTRL_C)
         chat.wait(FOOTER)
         shown = answer(chat.text.split("\n", 1)[1])
