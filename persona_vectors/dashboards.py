@@ -207,6 +207,7 @@ class SteeringPlayground(Panel):
 
     def _draw_sweep(self):
         sweep, self._sweep = self._sweep, {}
+        if any(j.finish == 'cancelled' for j in sweep.values()): return self.say('the sweep was stopped')
         doses, texts = [*sweep], [j.text.shown for j in sweep.values()]
         who = self.speaker if isinstance(self.speaker, str) else None
         curves = {}

@@ -503,11 +503,17 @@ def _session(chat):
 def _stoppable(chat):
     "Ctrl-C ends the answer while there is one"
     def stop(number, frame):
-        if chat.speaking: chat.stop()
+        if chat.speaking: chat.stop(); _forget_typed()
         else: raise KeyboardInterrupt
     former = signal.signal(signal.SIGINT, stop)
     try: yield
     finally: signal.signal(signal.SIGINT, former)
+
+def _forget_typed():
+    "What was typed before Ctrl-C; a terminal drops it by itself only together with what is on its way to the screen"
+    try: import termios
+    except ImportError: return # Windows
+    if sys.stdin.isatty(): termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 @contextmanager
 def _unechoed():
