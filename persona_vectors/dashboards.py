@@ -22,7 +22,7 @@ from .engine import Manners, Monitor, SteeringEngine, Turn, lock_of
 from .canvas import SOFT
 from .plots import plot_curves, plot_drift
 from .batching import Batcher, Job, asked_of, ear_of
-from .panels import CONTROL, Panel, show_figure
+from .panels import CONTROL, Panel, copyable, show_figure
 from .tokenmaps import side_by_side, token_map
 
 # %% ../nbs/14_dashboards.ipynb #cell-07
@@ -225,7 +225,7 @@ class SteeringPlayground(Panel):
 
     # The same in writing
 
-    def _tell_code(self): self.code.value = f'<details><summary style="cursor:pointer;color:{SOFT}">the same in Python and in the shell</summary><pre style="white-space:pre-wrap">{html.escape(self.python)}\n\n{html.escape(self.shell)}</pre></details>'
+    def _tell_code(self): self.code.value = f'<details><summary style="cursor:pointer;color:{SOFT}">the same in Python and in the shell</summary>{copyable(self.python)}{copyable(self.shell)}</details>'
 
     @property
     def python(self)->str: # Runs as it is

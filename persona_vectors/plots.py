@@ -83,7 +83,7 @@ def plot_pca(
     canvas(fig, title, f"first {('two', 'three')[dims - 2]} principal components of {len(names)} persona vectors" + ('; point to see the names without room' if len(names) > 40 else ''), height=560, margin=dict(l=65, r=65, b=85), showlegend=len(fig.data) > 1, legend=BELOW)
     name_points(fig)
     told = [f'PC{k + 1} ({o:.0%} of the variance)' for k,o in enumerate(share)]
-    if dims == 3: fig.update_layout(margin=dict(l=10, r=10, b=40), scene={f'{k}axis_title': t for k,t in zip('xyz', told)})
+    if dims == 3: fig.update_layout(margin=dict(l=10, r=10, b=60), scene=dict(aspectmode='cube', camera=dict(eye=dict(x=1.45, y=1.45, z=.95), center=dict(x=0, y=0, z=-.12)), **{f'{k}axis': dict(title=dict(text=f'PC{i + 1} {o:.0%}', font_size=12), nticks=5) for i,(k,o) in enumerate(zip('xyz', share))}))
     else: fig.update_xaxes(title=told[0], zeroline=True); fig.update_yaxes(title=told[1], zeroline=True)
     return fig
 

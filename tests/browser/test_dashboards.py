@@ -187,6 +187,12 @@ def test_SteeringPlayground_steers(panel, notebook, request):
     shows(panel, "trickster", "layer")
     panel.where.locator("summary", has_text="Python").click()
     shows(panel, "engine.set('trickster', strength=0.7", "persona-steer generate")
+    panel.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copies = panel.where.get_by_role("button", name="copy")
+    copies.nth(1).click(); until(lambda: panel.where.get_by_role("button", name="copied").count() == 1, "the button says that it copied")
+    assert panel.page.evaluate("navigator.clipboard.readText()").startswith("persona-steer generate")
+    copies.nth(0).click(); until(lambda: copies.count() == 0, "the other too")
+    assert panel.page.evaluate("navigator.clipboard.readText()") == notebook.ask("steeringplayground.python")
     panel.shot("playground"); report(request, first_steered_token=spread(took))
 
     panel.choice("persona").select_option("sage")
