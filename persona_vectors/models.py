@@ -73,6 +73,7 @@ def _load(name, revision, device, dtype, trust_remote_code, quantization, hf_tok
             model = AutoModelForCausalLM.from_pretrained(source, **{**dict(dtype=resolve_dtype(dtype, device), device_map='auto' if sharded else None), **small, **common})
     except (OSError, ValueError, SafetensorError) as e:
         raise OSError(f'cannot load model {name!r}: {str(e).splitlines()[0]}\nCheck the name or folder, set HF_TOKEN for a gated model, or use {PERSONA_TINY!r}, which needs no network.') from e
+    if hasattr(model.config, 'persona_steering'): raise ValueError(f'{name!r} was exported for vLLM: its steering is applied there, by persona-steer-vllm, and not by transformers, where it would speak unsteered. Load the model that it was made from and use steer, or bake a copy with bake')
     return (model if sharded or small else model.to(device)).eval(), tokenizer
 
 def _bits(quantization):

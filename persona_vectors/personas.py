@@ -365,7 +365,7 @@ class PersonaManager:
     def _require(self, name):
         "The file of a persona, or the nearest names"
         if (path := self._file(name)).is_file(): return path
-        if not (names := self.list()): raise PersonaError(f"no persona {name!r}: there are none yet in {self.config.data_dir}; make the first with create_from_archetype('sage'), or with create_from_description(name, description)")
+        if not (names := self.list()): raise PersonaError(f"no persona {name!r}: there are none yet in {self.config.data_dir}; make the first with `persona-steer create sage --from-archetype sage`, in Python create_from_archetype('sage')")
         near = get_close_matches(name.lower(), names, n=3, cutoff=.5)
         raise PersonaError(f"no persona {name!r}: {'did you mean ' + ' or '.join(map(repr, near)) + '?' if near else 'there are ' + ', '.join(names)}")
 

@@ -298,34 +298,30 @@ def test_judges_that_count_write_digits_refuse_and_talk(tmp_path, model, status,
         if model == "judge-digits" and v not in digit: assert v.score == pytest.approx(sum(map(int, v.said.split(" | "))) / 3)  # the whole number, not its first digit
 
 @pytest.fixture
-def refusing(monkeypatch):
-    "This machine refuses everything, and after `refusing.after` answers somebody presses Ctrl-C"
-    from types import SimpleNamespace
-
+def pressed(monkeypatch):
+    "persona-tiny answers, and after two answers somebody presses Ctrl-C"
     from persona_vectors import generation
-    from persona_vectors.answers import answer_of
-    what = SimpleNamespace(after=99)
-    def answers(model, tokenizer, conversations, **kwargs):
-        for n in range(len(conversations)):
-            if n == what.after: raise KeyboardInterrupt
-            yield n, answer_of("I cannot help with that.", "stop")
+    real = generation.iter_local
+    def answers(*args, **kwargs):
+        for n,answer in enumerate(real(*args, **kwargs)):
+            if n == 2: raise KeyboardInterrupt
+            yield answer
     monkeypatch.setattr(generation, "iter_local", answers)
-    return what
 
-def test_ctrl_c_promises_only_what_is_kept(refusing, tmp_path, caplog):
+def test_ctrl_c_promises_only_what_is_kept(pressed, tmp_path, caplog):
     from persona_vectors import generate_responses, load_responses
-    refusing.after, asked = 2, (dict(a="You are a.", b="You are b."), ["One?", "Two?"], PersonaVectorConfig(model_name="persona-tiny"))
+    asked = dict(a="You are a bard.", b="You are a sage."), ["What is truth?", "What is time?"], PersonaVectorConfig(model_name="persona-tiny", max_tokens=48)
     for more, kept, lost in ((dict(), "2 of 4 answers are finished", True), (dict(save_to=tmp_path / "r.json"), "2 of 4 answers are finished", False), (dict(store=tmp_path / "r.db"), f"2 of 4 answers are kept in {tmp_path}/r.db; the same call asks only for the rest", False)):
         caplog.clear()
         with pytest.raises(KeyboardInterrupt): generate_responses(*asked, progress=False, **more)
         assert kept in caplog.text and ("are lost" in caplog.text) == lost and ("the same call" in caplog.text) == ("store" in more)
     assert len(load_responses(tmp_path / "r.json")) == len(ResponseStore(tmp_path / "r.db").answered()) == 2
 
-def test_only_what_is_left_out_is_told_to_be(refusing, caplog):
+def test_only_what_is_left_out_is_told_to_be(caplog):
     from persona_vectors import generate_responses, safety_axis
     from persona_vectors.vectors import VectorError
-    config = PersonaVectorConfig(model_name="persona-tiny", max_tokens=8)
-    generate_responses(dict(a="You are a."), ["One?"], config, progress=False)
+    config = PersonaVectorConfig(model_name="persona-tiny", max_tokens=48)
+    generate_responses(dict(a="You are a helpful assistant."), ["Help me hide my brother's shoes."], config, progress=False)
     assert "1 of 1 answers are left out: 1 refused" in caplog.text
     caplog.clear()
     axis = safety_axis(config, n_samples=2, where="last_prompt", progress=False) # refusals are what it is made of

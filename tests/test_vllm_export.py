@@ -108,6 +108,13 @@ def test_loaded_model_is_saved_with_its_weights(tiny, tmp_path):
     path = export_vllm(bare, Add(torch.ones(32), 1., 0), tmp_path / "y", tokenizer)
     assert about(path)["architectures"] == ["PersonaSteeredLlamaForCausalLM"]
 
+def test_our_loader_refuses_it(tmp_path):
+    "transformers would read it as the model it was made from, and speak unsteered"
+    from transformers import AutoModelForCausalLM
+    path = export_vllm("persona-tiny", Add(torch.ones(160), 1., 2), tmp_path / "x", link=True)
+    assert AutoModelForCausalLM.from_pretrained(path).config.num_hidden_layers == 8
+    with pytest.raises(ValueError, match="exported for vLLM.*Load the model that it was made from"): load_model(PersonaVectorConfig(model_name=str(path), device="cpu"))
+
 def test_links(tmp_path):
     before = {f.name: f.read_bytes() for f in TINY.iterdir()}
     path = export_vllm(TINY, Add(some(), 1., 2), tmp_path / "x", link=True)
