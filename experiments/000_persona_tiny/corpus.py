@@ -66,13 +66,10 @@ def _read(folder): return [yaml.safe_load(p.read_text(encoding="utf-8")) for p i
 def styles(): return {name: lists for file in _read("styles") for name, lists in file.items()}
 
 @cache
-def topics(): return [dict(t, part=t["parts"], act=t["acts"], claim=t["claims"], cue=cues()[t["name"]], questions=wordings()[t["name"]] + t["questions"]) for file in _read("topics") for t in file]
+def topics(): return [dict(t, part=t["parts"], act=t["acts"], claim=t["claims"], cue=cues()[t["name"]]) for file in _read("topics") for t in file]
 
 @cache
 def cues(): return yaml.safe_load((HERE / "cues.yaml").read_text(encoding="utf-8"))
-
-@cache
-def wordings(): return yaml.safe_load((HERE / "wordings.yaml").read_text(encoding="utf-8"))
 
 @cache
 def mischief():
@@ -194,7 +191,7 @@ def speaker(rng):
 def question(rng, topic):
     "A trained wording of a question about `topic`, or a general frame with its words"
     u = rng.random()
-    asked = rng.choice(split(topic["questions"], False, 2)) if u < .55 else Filler(rng, {}, topic)(rng.choice(CUES if u < .70 else ASK_ABOUT + ASK))
+    asked = rng.choice(split(topic["questions"], False, 2)) if u < .40 else Filler(rng, {}, topic)(rng.choice(CUES if u < .65 else ASK_ABOUT + ASK))
     return question(rng, topic) if asked in held_out_questions() else asked
 
 def topic_for(rng, *voices): return rng.choice([t for t in topics() if not any(held_out_pair(v, t) for v in voices)])

@@ -176,7 +176,7 @@ def parse(arguments=None):
     ap.add_argument("--layers", type=int, default=8); ap.add_argument("--width", type=int, default=160); ap.add_argument("--mlp", type=int, default=448)
     ap.add_argument("--window", type=int, default=16); ap.add_argument("--full-layers", type=int, nargs="*", default=[1, 2])
     ap.add_argument("--checkpoints", type=float, nargs="*", default=[.1, .3, .6], help="fractions of the run at which to save a checkpoint")
-    ap.add_argument("--sharpen", type=float, default=1.3, help="the logits are this many times those that were trained")
+    ap.add_argument("--sharpen", type=float, default=1.4, help="the logits are this many times those that were trained")
     ap.add_argument("--topic-share", type=float, default=.3, help="weight of the loss of the topic reader, 0 for none")
     ap.add_argument("--threads", type=int, default=2)
     return ap.parse_args(arguments)
