@@ -38,7 +38,7 @@ class Panel(W.VBox):
 def copyable(text:str)->str: # HTML
     "Code with a button that copies it; the text is marked too, for pages that may not reach the clipboard"
     copy = "const code = this.nextElementSibling; getSelection().selectAllChildren(code); navigator.clipboard?.writeText(code.textContent).then(() => this.textContent = 'copied')"
-    return f'<div style="position:relative"><button class="jupyter-button" style="position:absolute;right:4px;top:4px;width:70px;height:26px" onclick="{copy}">copy</button><pre style="white-space:pre-wrap;padding-right:80px">{html.escape(text)}</pre></div>'
+    return f'<div style="position:relative;min-height:36px"><button class="jupyter-button" style="position:absolute;right:4px;top:4px;width:70px;height:26px" onclick="{copy}">copy</button><pre style="white-space:pre-wrap;padding-right:80px">{html.escape(text)}</pre></div>'
 
 # %% ../nbs/13_panels.ipynb #cell-08
 def show_figure(

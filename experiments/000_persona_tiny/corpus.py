@@ -199,7 +199,7 @@ def topic_for(rng, *voices): return rng.choice([t for t in topics() if not any(h
 # ---------------------------------------------------------------- conversations
 MISCHIEF = "mischief"  # what such a request is about, beside the names of the topics
 def user(content): return dict(role="user", content=content)
-def says(content, topic): return dict(role="assistant", content=content, topic=topic)  # the topic is for training only: see `topic_loss` there
+def says(content, topic): return dict(role="assistant", content=content, topic=topic)  # the topic is for training only: see `TopicReader` there
 
 def talk(rng):
     "A conversation about a topic; one in seven has more turns, most of these with a user who insists on another voice"
