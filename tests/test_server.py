@@ -20,7 +20,7 @@ COMMAND, KEY, QUESTION, STORY = Path(sys.executable).parent / "persona-steer", "
 OPTIONS = {"PERSONA_STEER_EXTRACTION__QUESTIONS": "6", "PERSONA_STEER_EXTRACTION__MAX_TOKENS": "32"}
 NAMES = ["persona-tiny", "sage", "trickster", "sage:0.5+trickster:0.3"]
 QUESTIONS = [QUESTION, "Why do people tell stories?", "How do I bake bread?", "Where does the river go?"]
-LONG = dict(text=STORY, model="sage", temperature=2, seed=1, max_tokens=400) # says more than a hundred tokens
+LONG = dict(text=STORY, model="sage", temperature=2, seed=66, max_tokens=400) # says nearly four hundred tokens
 
 class Server:
     "A running `persona-steer serve`"
@@ -273,7 +273,7 @@ def http(server, path="/v1/chat/completions", body=b"", method="POST", length=No
     lines = {"Host": f"127.0.0.1:{server.port}", "Content-Type": "application/json", "Connection": "close", **server.headers, "Content-Length": len(body) if length is None else length, **{k.replace("_", "-"): v for k, v in headers.items()}}
     return f"{method} {path} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode("latin-1") for k, v in lines.items() if v is not ...) + b"\r\n" + body
 
-def long(**more): return json.dumps({**dict(model="sage", messages=conversation(STORY), temperature=2, seed=1, max_tokens=400), **more}).encode()
+def long(**more): return json.dumps({**{k: v for k, v in LONG.items() if k != "text"}, "messages": conversation(STORY), **more}).encode()
 
 def statuses(server):
     "{status: requests} so far"
