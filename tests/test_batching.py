@@ -244,12 +244,14 @@ def test_pieces_are_the_text(ids, stop, trim):
 @fuzz
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30) | st.text("🦊你好é a\n", max_size=20), st.sampled_from([(), ("END",), ("好a", "é ")]))
 @example("你好 🦊🦊 世界", ())
+@example("<|end|>A", ())
+@example("a<|user|> é", ("é ",))
 def test_each_character_comes_whole_and_at_once(said, stop):
     ids = TOKENIZER(said, add_special_tokens=False).input_ids
     pieces, text = pieces_of(ids, stop, False)
     assert "".join(pieces) == cut(TOKENIZER.decode(text.ids, skip_special_tokens=True), stop) and "\ufffd" not in "".join(pieces)
     for k, shown in enumerate(accumulate(pieces[:-1]), 1):
-        now = TOKENIZER.decode(ids[:k]).rstrip("\ufffd")
+        now = TOKENIZER.decode(ids[:k], skip_special_tokens=True).rstrip("\ufffd")
         if cut(now, stop) != now: break # it has ended
         held = max((n for s in stop for n in range(len(s)) if now.endswith(s[:n])), default=0)
         assert shown == now[:len(now) - held]
