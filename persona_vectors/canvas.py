@@ -114,15 +114,31 @@ def _numbers(o):
     "Coordinates, also as plotly writes them into JSON"
     return np.frombuffer(base64.b64decode(o['bdata']), o['dtype']).astype(float) if isinstance(o, dict) else np.asarray(o, float)
 
+def _seen(fig, named):
+    "(n, 2) points as they are seen, upwards, in any unit; those of a space before anybody turns it"
+    space = named[0].type == 'scatter3d'
+    at = np.concatenate([np.column_stack([_numbers(t[k]) for k in ('xyz' if space else 'xy')]) for t in named])
+    if not space: return at
+    span, camera = np.ptp(at, 0), fig.layout.scene.camera
+    eye, center = (np.array([p[k] or 0 for k in 'xyz']) for p in (camera.eye, camera.center))
+    at = (at - at.min(0))/np.where(span, span, 1) - .5 - eye # the axes are a cube of side 1 around the origin
+    ahead = (center - eye)/np.linalg.norm(center - eye)
+    right = np.cross(ahead, (0, 0, 1)); right /= np.linalg.norm(right)
+    return np.column_stack([at @ right, at @ np.cross(right, ahead)])/(at @ ahead)[:, None]
+
+_VIEW = 2*np.tan(np.pi/8) # what the height of a space covers, at distance 1: plotly's camera opens 45 degrees
+
 def name_points(
-    fig:go.Figure, # Its traces of 'markers+text' have the names of their points in `customdata`
+    fig:go.Figure, # Its traces of 'markers+text' have the names of their points in `customdata`; a space has its camera
 )->int: # Names that found no room
     "Write names beside points, as many as do not overlap"
-    named = [t for t in fig.data if t.type == 'scatter' and t.mode == 'markers+text' and t.customdata is not None]
+    named = [t for t in fig.data if t.type in ('scatter', 'scatter3d') and t.mode == 'markers+text' and t.customdata is not None]
     if not named: return 0
-    xy, names = np.concatenate([np.column_stack([_numbers(t.x), _numbers(t.y)]) for t in named]), [n for t in named for n in t.customdata]
+    xy, names = _seen(fig, named), [n for t in named for n in t.customdata]
     margin = fig.layout.margin
-    places = place_labels(xy, names, (.91*(fig.layout.width - margin.l - margin.r), .91*(fig.layout.height - margin.t - margin.b))) # plotly leaves room at the edges
+    width, height = fig.layout.width - margin.l - margin.r, fig.layout.height - margin.t - margin.b
+    if named[0].type == 'scatter3d': width, height = np.ptp(xy, 0)*min(width, height)/_VIEW
+    places = place_labels(xy, names, (.91*width, .91*height)) # plotly leaves room at the edges
     left = iter(zip(names, places))
     for t in named:
         mine = [next(left) for _ in t.customdata]
