@@ -68,8 +68,8 @@ def pca(
     if not 1 <= k <= len(x) - 1: raise ValueError(f'k={k}: {len(x)} vectors have 1 to {len(x)-1} components')
     values, u = torch.linalg.eigh(x @ x.T) # of the personas' inner products: they are few and wide, so an SVD takes many times as long
     values, u = values.flip(0)[:k].clamp(min=0), u.flip(1)[:, :k]
-    xy = (u*values.sqrt()).numpy()
-    return xy*np.sign(xy[np.abs(xy).argmax(0), np.arange(k)]), (values/x.square().sum()).numpy()
+    xy = (u*values.sqrt()).float().numpy()
+    return xy*np.sign(xy[np.abs(xy).argmax(0), np.arange(k)]), (values/x.square().sum()).float().numpy()
 
 # %% ../nbs/09_analysis.ipynb #cell-19
 def _table(activations):
