@@ -32,13 +32,15 @@ def dashboard_notebook(
     library = f"from pathlib import Path\nfrom persona_vectors.console import library\nmanager = library({model!r}, {f'Path({str(config)!r})' if config else None})\nif not manager.list():\n    for name in ('sage', 'trickster'): manager.create_from_archetype(name) # something to begin with\nmanager"
     markdown = lambda text: dict(cell_type='markdown', metadata={}, source=text)
     code = lambda text: dict(cell_type='code', metadata={}, source=text, outputs=[], execution_count=None)
-    cells = [markdown('# Dashboards\n\n**Run > Run All Cells** brings the panels. What is typed above a panel is all there is to it.')]
+    cells = [markdown('# Dashboards\n\nIn JupyterLab **Run > Run All Cells** brings the panels, and what is typed above a panel is all there is to it; as a page they come by themselves.')]
     if {'playground', 'monitor', 'lens'} & set(panels): cells += [markdown('## The library\n\nPersonas that can be spoken; the first time this takes some seconds.'), code(library)]
     for k in panels: title, text, source = PANELS[k]; cells += [markdown(f'## {title}\n\n{text}'), code(source)]
     return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=4)
 
 # %% ../nbs/16_lab.ipynb #cell-09
 app = typer.Typer(rich_markup_mode='rich', context_settings=SPELLING)
+
+_OWN = dict(headers={'Content-Security-Policy': "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://localhost:* ws://127.0.0.1:*"}) # Voila's pages ask a CDN for icons that no panel has; the browser is told not to
 
 @app.callback()
 def _group(): ...
@@ -64,6 +66,5 @@ def dashboard(
         with atomic_write(out, 'w') as f: f.write(json.dumps(dashboard_notebook(chosen, model, config), indent=1))
         print(out)
     if not show: return
-    command = [runner if voila else 'lab', *([str(out)] if voila else []), f'--port={port}']
-    command += [] if voila else [f'--ServerApp.root_dir={out.resolve().parent}', f'--LabApp.default_url=/lab/tree/{out.name}']
-    raise typer.Exit(subprocess.run([sys.executable, '-m', *(command if voila else ['jupyter', *command])]).returncode)
+    command = ['voila', str(out), f'--Voila.tornado_settings={_OWN}'] if voila else ['jupyterlab', f'--ServerApp.root_dir={out.resolve().parent}', f'--LabApp.default_url=/lab/tree/{out.name}']
+    raise typer.Exit(subprocess.run([sys.executable, '-m', *command, f'--port={port}']).returncode)
