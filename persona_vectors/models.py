@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available, logging as hf_logging
 from safetensors import SafetensorError
 from .config import PersonaVectorConfig
@@ -67,14 +67,19 @@ def _load(name, revision, device, dtype, trust_remote_code, quantization, hf_tok
     source, device = model_source(name), resolve_device(device)
     sharded = device.type == 'cuda' and device.index is None # over all GPUs when one is not enough
     small = dict(quantization_config=_bits(quantization), device_map='auto' if sharded else {'': device}) if quantization else {}
-    try:
-        with _progress_bars(name != PERSONA_TINY): # nothing to wait for there
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_pretrained(source, **{**dict(dtype=resolve_dtype(dtype, device), device_map='auto' if sharded else None), **small, **common})
+    with _loading(name): config = AutoConfig.from_pretrained(source, **common)
+    if hasattr(config, 'persona_steering'): raise ValueError(f'{name!r} was exported for vLLM: its steering is applied there, by persona-steer-vllm, and not by transformers, where it would speak unsteered. Load the model that it was made from and use steer, or bake a copy with bake')
+    with _loading(name), _progress_bars(name != PERSONA_TINY): # nothing to wait for there
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, **{**dict(dtype=resolve_dtype(dtype, device), device_map='auto' if sharded else None), **small, **common})
+    return (model if sharded or small else model.to(device)).eval(), tokenizer
+
+@contextmanager
+def _loading(name):
+    "Whatever is wrong with a name, a folder or a file is told with the remedy"
+    try: yield
     except (OSError, ValueError, SafetensorError) as e:
         raise OSError(f'cannot load model {name!r}: {str(e).splitlines()[0]}\nCheck the name or folder, set HF_TOKEN for a gated model, or use {PERSONA_TINY!r}, which needs no network.') from e
-    if hasattr(model.config, 'persona_steering'): raise ValueError(f'{name!r} was exported for vLLM: its steering is applied there, by persona-steer-vllm, and not by transformers, where it would speak unsteered. Load the model that it was made from and use steer, or bake a copy with bake')
-    return (model if sharded or small else model.to(device)).eval(), tokenizer
 
 def _bits(quantization):
     "What transformers is told about 8-bit weights"
