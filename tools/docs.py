@@ -218,7 +218,7 @@ class Site:
             source = source_of(c)
             if c.cell_type == "markdown":
                 made = self.reference.linked(self.links(markdown(source), page), page.up)
-                if page.module and not headed and "<h1" in made: made = re.sub(r"(<h1[^>]*>).*?</h1>", rf"\1persona_vectors.{page.module}</h1>".replace(".__init__", ""), made, count=1, flags=re.S); headed = True
+                if page.module and not headed and "<h1" in made: made = re.sub(r"(<h1[^>]*>).*?</h1>", rf"\1persona_vectors.<wbr>{page.module}</h1>".replace(".<wbr>__init__", ""), made, count=1, flags=re.S); headed = True
                 out.append(made)
             elif c.cell_type != "code" or "default_exp" in c.marks or "hide" in c.marks: continue
             elif "export" in c.marks: out.append(self.reference.cell(source, page))
@@ -302,7 +302,7 @@ details { margin: 0 0 24px } summary { cursor: pointer; color: var(--soft); font
 .cards { list-style: none; padding: 0 } .cards li { display: grid; grid-template-columns: 260px 1fr; gap: 16px; margin: 8px 0 } .cards > li > a { font-weight: bold } .cards span { color: var(--soft) }
 #q { width: 100%; font: inherit; padding: 8px 12px; border: 1px solid var(--line); border-radius: 6px; background: var(--ground); color: var(--ink) } #names { columns: 2; list-style: none; padding: 0 } #names li { break-inside: avoid } #names span { color: var(--soft); font-size: 13px }
 .next { display: flex; justify-content: space-between; margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line) }
-@media (max-width: 860px) { aside { display: none } .page, nav.top { padding-left: 16px; padding-right: 16px } nav.top { gap: 14px; font-size: 15px } .arguments { display: block; overflow-x: auto } .arguments td:nth-child(-n+3) code { white-space: nowrap } .arguments td:last-child { min-width: 220px } .method { margin-left: 0; padding-left: 10px } #names { columns: 1 } .cards li { grid-template-columns: 1fr; gap: 0 } }
+@media (max-width: 860px) { aside { display: none } .page, nav.top { padding-left: 16px; padding-right: 16px } nav.top { gap: 14px; font-size: 15px } h1 { font-size: 27px } h1, code { overflow-wrap: anywhere } main table { display: block; overflow-x: auto } .arguments td:nth-child(-n+3) code { white-space: nowrap } .arguments td:last-child { min-width: 220px } .method { margin-left: 0; padding-left: 10px } #names { columns: 1 } .cards li { grid-template-columns: 1fr; gap: 0 } }
 """
 LATE = "\n.highlight, .highlight pre { background: var(--ground) } .highlight .err { border: 0; color: inherit; background: none }\n"
 
