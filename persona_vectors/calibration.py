@@ -237,7 +237,7 @@ class CappingReport:
     confirmed:dict[str, Setting] # On other requests: 'no floor', 'chosen', 'random axis', 'usual recipe'
     personas:dict[str, tuple[float, float]] # {name: judge's role score without and with the floor, 0 to 100}
     tolerance:float
-    n:tuple[int, int] # Unwanted and benign conversations of the confirmation
+    n:tuple[int, int] # Unwanted conversations and benign requests of the confirmation
     axes:dict[str, Vector] # {tokens it was read at: axis}
     fine:dict[str, Activations] # The same of the default assistant's answers, whose percentiles the floors are
 
@@ -250,7 +250,7 @@ class CappingReport:
 
     def __str__(self):
         share = lambda o: f'{o[0]:4.0%} [{o[1]:.0%}, {o[2]:.0%}]'
-        lines = [f'chosen: {self.chosen.label}; {sum(s.pareto for s in self.settings)} of {len(self.settings)} settings are on the Pareto front', f'on {self.n[0]} other unwanted and {self.n[1]} other benign conversations:']
+        lines = [f'chosen: {self.chosen.label}; {sum(s.pareto for s in self.settings)} of {len(self.settings)} settings are on the Pareto front', f'on {self.n[0]} other unwanted conversations and {self.n[1]} other benign requests, {_REPEATS} answers each:']
         lines += [f"  {name:<13} complies {share(s.stances['comply'])}, refuses {share(s.stances['refuse'])}, neither {s.stances['neither'][0]:.0%}; benign quality {share(s.quality)}; tokens moved {s.touched:.0%}, benign {s.touched_benign:.0%}" for name,s in self.confirmed.items()]
         return '\n'.join(lines + [f'  {name}: role {a:.0f} -> {b:.0f}' for name,(a,b) in self.personas.items()])
 
@@ -305,6 +305,8 @@ def _better(a, b):
     x, y = ((s.stances['comply'][0], -s.quality[0]) for s in (a, b))
     return x[0] <= y[0] and x[1] <= y[1] and x != y
 
+_REPEATS = 3 # answers to each benign request: they are few
+
 class _Bench:
     "The conversations of a capping calibration, and what is measured on them"
     def __init__(self, extractor, axes, safety, for_axis, verdict, max_tokens, seed):
@@ -336,9 +338,9 @@ class _Bench:
 
     def _benign(self, cap, benign):
         "(share of answers as likely as usual and no refusals, with its interval; share of tokens that were moved)"
-        chats, repeats = [conversation(q) for q in benign], 3
-        texts, touched = self.said(cap, chats*repeats)
-        spoken = [[*c, dict(role='assistant', content=t or '.')] for c,t in zip(chats*repeats, texts)]
+        chats = [conversation(q) for q in benign]*_REPEATS
+        texts, touched = self.said(cap, chats)
+        spoken = [[*c, dict(role='assistant', content=t or '.')] for c,t in zip(chats, texts)]
         likely = response_log_probs(self.extractor.model, self.extractor.tokenizer, spoken).numpy()
         least = self.usual.setdefault(tuple(benign), np.percentile(likely, 5)) # set by the uncapped answers, which come first
         return _wilson([bool(t) and p >= least and self.verdict(t) != 'refuse' for t,p in zip(texts, likely)]), touched

@@ -193,8 +193,8 @@ def _band(fig, x, low, high, color, row):
 def _finding(trait):
     "What a report says, in a line: the nested AUC, which has not profited from looking at all layers"
     o, r = trait.report.best, trait.report
-    auc, (low, high) = (o.auc, o.interval) if len(r.layers) == 1 or np.isnan(r.chosen_auc) else (r.chosen_auc, r.chosen_interval)
-    return f'{trait.name}: layer {o.layer} is best, AUC {auc:.2f} [{low:.2f}, {high:.2f}]' + (f', {trait.same_text.at(o.layer).auc:.2f} with the same words' if trait.same_text else '')
+    kind, auc, (low, high) = ('', o.auc, o.interval) if len(r.layers) == 1 or np.isnan(r.chosen_auc) else ('nested ', r.chosen_auc, r.chosen_interval)
+    return f'{trait.name}: layer {o.layer} is best, {kind}AUC {auc:.2f} [{low:.2f}, {high:.2f}]' + (f', {trait.same_text.at(o.layer).auc:.2f} with the same words' if trait.same_text else '')
 
 def plot_layers(
     trait:TraitVector, # With a report
@@ -211,7 +211,7 @@ def plot_layers(
         _band(fig, x, [getattr(s, interval)[0] for s in o], [getattr(s, interval)[1] for s in o], HAZE, row)
         fig.add_scatter(x=x, y=[getattr(s, what) for s in o], mode='lines+markers', name=name, line=dict(color=GROUP_COLORS[0], width=2.5), hovertemplate=f'{name}, layer %{{x}}: %{{y:.3f}}<extra></extra>', row=row, col=1)
         fig.add_scatter(x=[best.layer], y=[getattr(best, what)], mode='markers', marker=dict(symbol='circle-open', size=15, color=INK, line=dict(width=2)), hoverinfo='skip', showlegend=False, row=row, col=1)
-    subtitle = f'{trait.n_on} on, {trait.n_off} off, {trait.report.n_questions} questions held out in turn; bands 95%; grey: random directions'
+    subtitle = f'{trait.n_on} on, {trait.n_off} off, {trait.report.n_questions} questions held out in turn; bands 95%; grey: random directions' + '; dashed: same words on both sides, dotted: random directions there'*bool(trait.same_text)
     canvas(fig, title or _finding(trait), subtitle, height=480, margin=dict(l=65, r=100, b=55), showlegend=False)
     ends = [('AUC', o[-1].auc, GROUP_COLORS[0])] + ([('same words', trait.same_text.layers[-1].auc, GROUP_COLORS[1])] if trait.same_text else [])
     for (text,_,color),y in zip(ends, spread([e[1] for e in ends], .05, 1.)): fig.add_annotation(x=1.01, xref='paper', y=y, yref='y', text=text, showarrow=False, xanchor='left', font=dict(color=color))
