@@ -1,5 +1,6 @@
 """The server as a process of its own, asked by OpenAI's client, by broken ones and by hostile ones."""
 import asyncio, json, os, re, signal, socket, subprocess, sys, threading, time
+from collections import Counter
 from pathlib import Path
 from shutil import copytree
 
@@ -281,12 +282,17 @@ def statuses(server):
 
 @pytest.mark.parametrize("which", ["usual", "narrow"]) # where there is room, and where it has to wait
 def test_who_disconnects_is_forgotten(servers, which):
-    s = servers[("usual", "hasty", "narrow").index(which)]; before = statuses(s)
+    s = servers[("usual", "hasty", "narrow").index(which)]; before, over = Counter(statuses(s)), []
+    def seen(*kinds): return sum(statuses(s).get(k, 0) for k in kinds)
     def leaves(payload, ready=None):
-        "It is missed, and that soon: its answer would take longer"
-        missed = statuses(s).get("499", 0)
-        with socket.create_connection(("127.0.0.1", s.port)) as other: other.sendall(payload); ready and until(ready)
-        until(lambda: statuses(s).get("499", 0) == missed + 1)
+        "It is missed, and that soon. On a busy machine its answer may be over before: then another one leaves"
+        for _ in range(5):
+            missed, both = seen("499"), seen("499", "200")
+            with socket.create_connection(("127.0.0.1", s.port)) as other: other.sendall(payload); ready and until(ready)
+            until(lambda before=both: seen("499", "200") > before)
+            if seen("499") > missed: return
+            over.append(payload)
+        raise AssertionError("five left, and were answered all the same")
     for streaming in (False, True):
         busy = s.ask(stream=True, **LONG) if which == "narrow" else None
         leaves(http(s, body=long(stream=streaming))) # at once
@@ -295,8 +301,8 @@ def test_who_disconnects_is_forgotten(servers, which):
         leaves(http(s, body=long(stream=streaming)), lambda: s.health()["waiting" if which == "narrow" else "running"] == 1)
         if busy: assert s.health()["running"] == 1; busy.close()
     s.idle()
-    until(lambda: statuses(s)["499"] - before.get("499", 0) == (10 if which == "narrow" else 6))
-    assert statuses(s) == {**before, "499": statuses(s)["499"]} and s.say("trickster", max_tokens=5) # none was answered
+    until(lambda: seen("499") - before["499"] == (10 if which == "narrow" else 6))
+    assert Counter(statuses(s)) - before == Counter({"499": seen("499") - before["499"], "200": len(over)}) and s.say("trickster", max_tokens=5) # nobody else was answered
     assert "Traceback" not in s.log.read_text(), s.log.read_text()[-3000:]
 
 def test_a_full_queue_is_said(narrow):
