@@ -24,7 +24,7 @@ from .analysis import cosine_matrix, cosine_report
 from .traits import as_extractor, trait_activations, trait_personas, trait_vector
 from .canvas import GROUP_COLORS, SOFT
 from .plots import METRICS, cluster_order, plot_cosine_matrix, plot_metric, plot_pca, plot_projections, plot_ranking
-from .panels import CONTROL, WRONG, Background, Panel, show_figure
+from .panels import CONTROL, WRONG, Ahead, Background, Panel, show_figure
 from .tokenmaps import side_by_side
 
 # %% ../nbs/14_explorers.ipynb #cell-06
@@ -45,13 +45,13 @@ class VectorExplorer(Panel):
     VIEWS = ('cosines', 'map', 'space', 'axis')
 
     def __init__(self,
-        vectors:Activations|PersonaVectors|None=None, # With several layers; rows per answer tell intervals too. None: persona-tiny
+        vectors:Activations|PersonaVectors|Mapping[str, Tensor]|None=None, # With several layers; rows per answer tell intervals too. None: persona-tiny
         answers:Responses|None=None, # {(persona, question): text} to show; None: those of the activations, where they have them
         axes:Mapping[str, Axis]|None=None, # Further axes to rank by
         groups:Mapping[str, str]|None=None, # {name: group}, coloured by group
         theme:str|None=None, # As in `restyle`
     ):
-        self.data = tiny_personas() if vectors is None else vectors
+        self.data = tiny_personas() if vectors is None else vectors if isinstance(vectors, Activations|PersonaVectors) else PersonaVectors(dict(vectors))
         if len(self.data) < 3: raise ValueError(f'{len(self.data)} personas: an explorer needs three, because the common mean is subtracted')
         self.vectors = self.data.vectors() if isinstance(self.data, Activations) else self.data
         if self.vectors.layers is None: raise ValueError('the layer of these vectors is not known: PersonaVectors(vectors, layers=[15])')
@@ -60,7 +60,7 @@ class VectorExplorer(Panel):
         self.axes = {**({'assistant axis': assistant_axis(self.vectors, default)} if default and len(default) < len(names) else {}), **(axes or {})}
         self.groups, self.theme = groups if groups is not None else {n:'default assistant' if n in default else 'roles' for n in names} if default else None, theme
         self.answers = answers if answers is not None else {(p, q):text for p,texts in getattr(self.data, 'answers', {}).items() for q,text in zip(self.data.questions[p], texts)}
-        self.figures, self.background = lru_cache(400)(self._figure), Background()
+        self.figures, self.background = Ahead(self._figure), Background()
         middle = layers[len(layers)//2]
         self.order = [names[i] for i in cluster_order(cosine_matrix(self._at(middle)))]
         self.layer = W.SelectionSlider(options=layers, value=middle, description='layer', continuous_update=True, **CONTROL)
@@ -96,7 +96,10 @@ class VectorExplorer(Panel):
         self.axis.layout.visibility = 'visible' if self.view.value == 'axis' else 'hidden'
         with self.telling():
             before = self.place.children
-            shown = show_figure(self.place, self.figures(self.view.value, self.layer.value, self.centered.value, self.axis.value), self.theme)
+            def figure(layer): return self.view.value, layer, self.centered.value, self.axis.value
+            shown = show_figure(self.place, self.figures(*figure(self.layer.value)), self.theme)
+            k, layers = self.layer.index, self.vectors.layers
+            self.figures.expect(*(figure(layers[j]) for j in (k + 1, k - 1) if 0 <= j < len(layers)))
             if self.place.children != before:
                 for trace in shown.data: trace.on_click(self._clicked)
 
