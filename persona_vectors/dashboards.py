@@ -93,7 +93,7 @@ class SteeringPlayground(Panel):
         self.ear = ear_of(manager)
         self.batcher = Batcher(self.manners, max_rows=16, ear=self.ear, on_news=self._news)
         self.jobs:dict[str, Job] = {}
-        self._drawn, self._sweep = 0., {}
+        self._next, self._sweep = 0., {}
         steering, n, names = manager.config.steering, manager.model.n_layers, manager.list()
         low, high = min(manager.layers), max(manager.layers)
         self.persona = W.Dropdown(options=[_NOBODY, *names, *([_BLEND] if len(names) > 1 else [])], value=names[0] if names else _NOBODY, description='persona', **CONTROL)
@@ -158,7 +158,7 @@ class SteeringPlayground(Panel):
         "In the batcher's thread, after every token"
         now, mine = time.monotonic(), [*self.jobs.values()]
         done = all(j.finish for j in mine)
-        if any(j in mine for j in jobs) and (done or now - self._drawn > .1): self._drawn = now; self.draw()
+        if any(j in mine for j in jobs) and (done or now > self._next): self.draw(); self._next = time.monotonic() + max(.04, 4*(time.monotonic() - now)) # a fifth of the time at most is spent on drawing
         if mine and done and any(j in mine for j in jobs): self._tell_audit()
         if self._sweep and any(j in self._sweep.values() for j in jobs) and all(j.finish for j in self._sweep.values()): self._draw_sweep()
 
