@@ -82,10 +82,10 @@ def spread(
 _PLACES = [(dy, dx) for dy in ('middle', 'top', 'bottom') for dx in ('right', 'left', 'center') if (dy, dx) != ('middle', 'center')]
 
 def _boxes(at, w, h, gap=6):
-    "(8, 4) left, bottom, right, top of a name at each place around a point, in pixels"
-    left = {'right': at[0] + gap, 'left': at[0] - gap - w, 'center': at[0] - w/2}
-    low = {'middle': at[1] - h/2, 'top': at[1] + gap, 'bottom': at[1] - gap - h}
-    return np.array([(left[dx], low[dy], left[dx] + w, low[dy] + h) for dy,dx in _PLACES])
+    "(n, 8, 4) left, bottom, right, top of a name at each place around its point, in pixels; from (n, 2) points and (n,) widths"
+    left = {'right': at[:, 0] + gap, 'left': at[:, 0] - gap - w, 'center': at[:, 0] - w/2}
+    low = {'middle': at[:, 1] - h/2, 'top': at[:, 1] + gap, 'bottom': at[:, 1] - gap - h}
+    return np.stack([np.stack([left[dx], low[dy], left[dx] + w, low[dy] + h], -1) for dy,dx in _PLACES], 1)
 
 def place_labels(
     xy:np.ndarray, # (n, 2) of points
@@ -97,16 +97,16 @@ def place_labels(
     low, span = xy.min(0), np.ptp(xy, 0)
     at = (xy - low)/np.where(span, span, 1)*np.array(size)
     n, found = len(at), [None]*len(at)
-    taken = np.empty((2*n, 4)); taken[:n] = np.hstack([at - 5, at + 5]); filled = n # the points, then the names
+    boxes = _boxes(at, .58*font*np.array([len(k) for k in names]), font*1.2)
+    inside = (boxes[..., 0] > -5) & (boxes[..., 2] < size[0] + 60) # nothing runs into the axis at the left, or out of the figure
+    taken = np.empty((4, 2*n)); taken[:, :n] = np.hstack([at - 5, at + 5]).T; filled = n # the points, then the names
     room = np.linalg.norm(at[:, None] - at[None], axis=-1); np.fill_diagonal(room, np.inf)
     for i in np.argsort(-room.min(1), kind='stable'):
-        tried = _boxes(at[i], .58*font*len(names[i]), font*1.2)
-        low, high = np.maximum(tried[:, None, :2], taken[None, :filled, :2]), np.minimum(tried[:, None, 2:], taken[None, :filled, 2:])
-        area = np.clip(high - low, 0, None).prod(-1); area[:, i] = 0 # its own point is no obstacle
-        outside = np.clip(-tried[:, 0] - 5, 0, None) + np.clip(tried[:, 2] - size[0] - 60, 0, None) # nothing runs into the axis at the left, or out of the figure
-        cost = area.sum(1) + 100*outside
-        best = int(cost.argmin())
-        if cost[best] < 1: found[i] = ' '.join(_PLACES[best]); taken[filled] = tried[best]; filled += 1
+        left, low, right, top = boxes[i].T[..., None]
+        l, b, r, t = taken[:, :filled]
+        hit = (left < r) & (l < right) & (low < t) & (b < top); hit[:, i] = False # its own point is no obstacle
+        free = np.flatnonzero(inside[i] & ~hit.any(1))
+        if len(free): found[i] = ' '.join(_PLACES[free[0]]); taken[:, filled] = boxes[i, free[0]]; filled += 1
     return found
 
 # %% ../nbs/11_canvas.ipynb #cell-13

@@ -40,6 +40,11 @@ def tiny_personas(
     return persona_activations(ActivationExtractor(_TINY), PERSONAS, asked, said, 'all', progress=False, keep=('ok', 'truncated'))
 
 # %% ../nbs/14_explorers.ipynb #cell-09
+def _beside(slider):
+    "What the next step of a slider may choose"
+    k, options = slider.index, slider.options
+    return [options[j] for j in (k + 1, k - 1) if 0 <= j < len(options)]
+
 class VectorExplorer(Panel):
     "Personas at every layer"
     VIEWS = ('cosines', 'map', 'space', 'axis')
@@ -98,8 +103,7 @@ class VectorExplorer(Panel):
             before = self.place.children
             def figure(layer): return self.view.value, layer, self.centered.value, self.axis.value
             shown = show_figure(self.place, self.figures(*figure(self.layer.value)), self.theme)
-            k, layers = self.layer.index, self.vectors.layers
-            self.figures.expect(*(figure(layers[j]) for j in (k + 1, k - 1) if 0 <= j < len(layers)))
+            self.figures.expect(*map(figure, _beside(self.layer)))
             if self.place.children != before:
                 for trace in shown.data: trace.on_click(self._clicked)
 
@@ -146,7 +150,8 @@ class LayerSweep(Panel):
         if activations is None: raise ValueError(f'the rows behind {trait.name!r} are needed: LayerSweep(trait, activations), both from trait_activations and trait_vector')
         if trait.report is None: raise ValueError(f'{trait.name!r} has no report: make it with trait_vector(activations, {trait.name!r})')
         self.trait, self.activations, self.theme, best = trait, activations, theme, trait.report.best.layer
-        self.held = lru_cache(None)(self._held)
+        self.held = Ahead(self._held)
+        self.curves, self.sides = Ahead(lambda metric, layer: plot_metric(trait, metric, layer)), Ahead(lambda layer, cut: plot_projections(self.held(layer), subtitle=f'{trait.name} at layer {layer}, questions held out', threshold=cut))
         self.metric = W.ToggleButtons(options=list(METRICS), style=dict(button_width='90px'))
         self.layer = W.SelectionSlider(options=list(trait.layers), value=best, description='layer', **CONTROL)
         self.threshold = W.FloatSlider(0, min=-1, max=1, step=.01, description='threshold', readout_format='.2f', **CONTROL)
@@ -166,15 +171,16 @@ class LayerSweep(Panel):
                 self.threshold.min, self.threshold.max = -1e9, 1e9
                 self.threshold.value, self.threshold.min, self.threshold.max, self.threshold.step = 0, float(both.min()), float(both.max()), float(np.ptp(both)/200)
             self.draw_curve(); self.draw_sides()
+            self.curves.expect(*((self.metric.value, l) for l in _beside(self.layer))); self.sides.expect(*((l, 0.) for l in _beside(self.layer))) # every layer begins with its threshold at 0
 
     def draw_curve(self)->None:
         "The statistic over the layers"
-        show_figure(self.curve, plot_metric(self.trait, self.metric.value, self.layer.value), self.theme)
+        show_figure(self.curve, self.curves(self.metric.value, self.layer.value), self.theme)
 
     def draw_sides(self)->None:
         "Where the answers lie, and the hardest"
         sides, cut = self.held(self.layer.value), self.threshold.value
-        show_figure(self.heaps, plot_projections(sides, subtitle=f'{self.trait.name} at layer {self.layer.value}, questions held out', threshold=cut), self.theme)
+        show_figure(self.heaps, self.sides(self.layer.value, cut), self.theme)
         rows = sorted((abs(s - cut), k, i, s) for k,scores in sides.items() for i,s in enumerate(scores))[:6]
         self.hardest.value = '<div style="font-weight:600;padding:6px 0">Nearest the threshold</div>' + ''.join(self._row(k, i, s, (s > cut) == (k == 'on')) for _,k,i,s in rows)
 

@@ -73,21 +73,21 @@ def plot_pca(
     title:str='The space of personas', # Above the figure
     dims:int=2, # 2, or 3 for a space to turn
 )->go.Figure: # Scatter of the first components
-    "Personas on the first principal components"
+    "Personas on the first principal components; in a space of more than 60 they are named by pointing, since WebGL cuts the letters of every new name into triangles"
     if dims not in (2, 3): raise ValueError(f'dims={dims}: must be 2 or 3')
     xyz, share = pca(vectors, dims)
     names, groups = list(vectors), groups or {}
     fig = go.Figure()
     for g,color in zip(dict.fromkeys(groups.get(n, 'personas') for n in names), GROUP_COLORS*9):
         at = [i for i,n in enumerate(names) if groups.get(n, 'personas') == g]
-        common = dict(mode='markers+text', name=g, customdata=[names[i] for i in at], hovertemplate='%{customdata}<extra></extra>', textfont=dict(color=color, size=11))
+        common = dict(mode='markers+text' if dims == 2 or len(names) <= 60 else 'markers', name=g, customdata=[names[i] for i in at], hovertemplate='%{customdata}<extra></extra>', textfont=dict(color=color, size=11))
         x, y, *z = xyz[at].T.round(3)
         if z: fig.add_scatter3d(x=x, y=y, z=z[0], marker=dict(size=4, color=color), **common)
         else: fig.add_scatter(x=x, y=y, cliponaxis=False, marker=dict(size=9, color=color, line=dict(width=1, color=PAPER)), **common)
-    canvas(fig, title, f"first {('two', 'three')[dims - 2]} principal components of {len(names)} persona vectors" + '; at the axes their shares of the variance'*(dims == 3) + '; point to see the names without room'*(dims == 3 or len(names) > 40), height=560, margin=dict(l=65, r=65, b=85), showlegend=len(fig.data) > 1, legend=BELOW)
-    told = [f'PC{k + 1} ({o:.0%} of the variance)' for k,o in enumerate(share)]
-    if dims == 3: fig.update_layout(margin=dict(l=10, r=10, b=60), scene=dict(aspectmode='cube', camera=dict(eye=dict(x=1.45, y=1.45, z=.95), center=dict(x=0, y=0, z=-.12)), **{f'{k}axis': dict(title=dict(text=f'PC{i + 1} {o:.0%}', font_size=12), nticks=5) for i,(k,o) in enumerate(zip('xyz', share))}))
-    else: fig.update_xaxes(title=told[0], zeroline=True); fig.update_yaxes(title=told[1], zeroline=True)
+    if dims == 3: axes = dict(scene=dict(aspectmode='cube', camera=dict(eye=dict(x=1.45, y=1.45, z=.95), center=dict(x=0, y=0, z=-.12)), **{f'{k}axis': dict(title=dict(text=f'PC{i + 1} {o:.0%}', font_size=12), nticks=5) for i,(k,o) in enumerate(zip('xyz', share))}))
+    else: axes = {f'{k}axis': dict(title=dict(text=f'PC{i + 1} ({o:.0%} of the variance)'), zeroline=True) for i,(k,o) in enumerate(zip('xy', share))}
+    canvas(fig, title, f"first {('two', 'three')[dims - 2]} principal components of {len(names)} persona vectors" + '; at the axes their shares of the variance'*(dims == 3) + '; point to see the names without room'*(dims == 3 or len(names) > 40),
+           height=560, margin=dict(l=65, r=65, b=85) if dims == 2 else dict(l=10, r=10, b=60), showlegend=len(fig.data) > 1, legend=BELOW, **axes)
     name_points(fig)
     return fig
 

@@ -142,6 +142,7 @@ class Cell:
 
     def time(self, event, changed, do):
         "Milliseconds from a person's event to the next frame in which `changed(root)` holds, by the browser's clock"
+        self.page.wait_for_timeout(300) # a person's pace: panels use the time between two steps
         self.where.evaluate(f"""root => {{
             let began = null; window.took = null
             root.addEventListener('{event}', () => began ??= performance.now(), {{capture: true, once: true}})
