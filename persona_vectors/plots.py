@@ -50,10 +50,9 @@ def plot_cosine_matrix(
     if report: np.fill_diagonal(z, [report.reliability[n] for n in names])
     told = dict(text=[[_pair_text(report, a, b) for b in names] for a in names], hovertemplate='%{text}<extra></extra>') if report else dict(hovertemplate='cosine of %{y} and %{x}: %{z:.2f}<extra></extra>')
     many = len(names) > 60 # then cells are small, and names are told by pointing
-    heat = dict(z=z.round(3).astype(np.float32), zmin=-1, zmax=1, colorbar=_COSINE_BAR, xgap=1, ygap=1, **told)
-    if many: heat.update(z=(100*z).round().astype(np.int8), zmin=-100, zmax=100, colorbar=_PERCENT_BAR, xgap=0, ygap=0) # hundredths in a byte each: a notebook redraws 300 personas in two thirds of the time
-    if many and not report: heat.update(hovertemplate='cosine of %{y} and %{x}: %{z}%<extra></extra>')
-    fig = go.Figure(go.Heatmap(x=names, y=names, colorscale=DIVERGING, **heat))
+    heat = dict(z=z.round(3).astype(np.float32), zmin=-1, zmax=1, colorbar=_COSINE_BAR, **told)
+    if many and not report: heat = dict(z=(100*z).round().astype(np.int8), zmin=-100, zmax=100, colorbar=_PERCENT_BAR, hovertemplate='cosine of %{y} and %{x}: %{z}%<extra></extra>') # hundredths in a byte each: a notebook redraws 300 personas in two thirds of the time
+    fig = go.Figure(go.Heatmap(x=names, y=names, colorscale=DIVERGING, xgap=0 if many else 1, ygap=0 if many else 1, **heat))
     side, subtitle = 780 if many else 260 + 20*len(names), f'cosine of centred persona vectors, {len(names)} personas; unrelated ones average {-1/(len(names)-1):.2f}' if centered else f'cosine of {len(names)} directions; unrelated ones are near 0'
     if report:
         same = [(a, b) for a in names for b in names if a != b and report.cosines[(k := (report.names.index(a), report.names.index(b)))] > 0 and report.high[k] >= report.ceiling[k]]

@@ -28,29 +28,36 @@ def write_notebook(path, cells):
     nbformat.write(nb, path)
 
 @contextmanager
-def running_lab(folder, **environment):
-    "Yields URL(notebook). No settings of the user are read, none are written; no news, no updates; every cell is in the page, so that it can be found"
+def running(command, folder, address, **environment):
+    "A server as a process of its own, from its first answer at `address(port)` on; yields the port. Nothing of the user's Jupyter or settings is read or written"
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    own = {f"JUPYTER_{k}_DIR": str(folder / f".{k.lower()}") for k in ("CONFIG", "DATA", "RUNTIME")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PERSONA_STEER_", "JUPYTER"))}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen([*command, f"--port={port}"], stdout=log, stderr=log, cwd=folder, env={**clean, "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / ".ipython"), **own, **environment}, start_new_session=True)
+    def answers():
+        assert process.poll() is None, (folder / "log").read_text()
+        try: return urllib.request.urlopen(address(port), timeout=5)
+        except OSError: return None
+    try:
+        until(answers, f"{command[0]} answers", 60)
+        yield port
+    finally: # its kernels are in its group, and end with it
+        try: os.killpg(process.pid, signal.SIGTERM)
+        except ProcessLookupError: pass # it ended by itself, and said why
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait(20)
+
+@contextmanager
+def running_lab(folder):
+    "Yields URL(notebook). No news, no updates; every cell is in the page, so that it can be found"
     for name, value in {"apputils-extension/notification": dict(fetchNews="false"), "notebook-extension/tracker": dict(windowingMode="none")}.items():
         f = folder / ".settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         f.parent.mkdir(parents=True, exist_ok=True); f.write_text(json.dumps(value))
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    token, own = secrets.token_hex(16), dict(JUPYTER_CONFIG_DIR=".config", JUPYTER_DATA_DIR=".data", JUPYTER_RUNTIME_DIR=".runtime", IPYTHONDIR=".ipython", JUPYTERLAB_WORKSPACES_DIR=".workspaces", JUPYTERLAB_SETTINGS_DIR=".settings")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PERSONA_STEER_", "JUPYTER"))}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
+    token, own = secrets.token_hex(16), {f"JUPYTERLAB_{k}_DIR": str(folder / f".{k.lower()}") for k in ("WORKSPACES", "SETTINGS")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly", "--LabServerApp.open_browser=False", "--expose-app-in-browser"]
-    with open(folder / "lab.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**clean, "OMP_NUM_THREADS": "1", **{k: str(folder / v) for k, v in own.items()}, **environment}, start_new_session=True)
-    def answers():
-        assert process.poll() is None, (folder / "lab.log").read_text()
-        try: return urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=1)
-        except OSError: return None
-    try:
-        until(answers, "JupyterLab answers", 60)
-        yield lambda notebook: f"http://127.0.0.1:{port}/doc/tree/{notebook}?reset&token={token}"
-    finally: # its kernels are in its group, and end with it
-        os.killpg(process.pid, signal.SIGTERM)
-        try: process.wait(20)
-        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait(20)
+    with running(command, folder, lambda port: f"http://127.0.0.1:{port}/api?token={token}", **own) as port: yield lambda notebook: f"http://127.0.0.1:{port}/doc/tree/{notebook}?reset&token={token}"
 
 @contextmanager
 def chromium():

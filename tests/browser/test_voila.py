@@ -1,29 +1,16 @@
 """The dashboards as a page without code, by the command that opens them."""
-import importlib.util, os, signal, socket, subprocess, sys, urllib.request
+import importlib.util, os, sys
 from pathlib import Path
 
 import pytest
-from lab import SHOTS, chromium, require_browser, until
+from lab import SHOTS, chromium, require_browser, running, until
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     require_browser()
     if importlib.util.find_spec("voila") is None: (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("pages without code are Voila's: pip install voila")
-    folder = tmp_path_factory.mktemp("page")
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    own = {k: str(folder / k.lower()) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PERSONA_STEER_", "JUPYTER"))}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([Path(sys.executable).with_name("persona-steer"), "dashboard", "explorer", "--voila", f"--port={port}"], stdout=log, stderr=log, cwd=folder, start_new_session=True,
-                                   env={**clean, **own, "OMP_NUM_THREADS": "1", "BROWSER": "true"}) # `true` opens no browser
-    def answers():
-        assert process.poll() is None, (folder / "log").read_text()
-        try: return urllib.request.urlopen(f"http://localhost:{port}/voila/static/voila.js", timeout=5)
-        except OSError: return None
-    try:
-        until(answers, "Voila answers", 60)
-        yield f"http://localhost:{port}/"
-    finally: os.killpg(process.pid, signal.SIGTERM); process.wait(20)
+    command = [Path(sys.executable).with_name("persona-steer"), "dashboard", "explorer", "--voila"]
+    with running(command, tmp_path_factory.mktemp("page"), lambda port: f"http://localhost:{port}/voila/static/voila.js", BROWSER="true") as port: yield f"http://localhost:{port}/" # `true` opens no browser
 
 def test_a_page_without_code(address):
     with chromium() as browser:
