@@ -8,7 +8,7 @@ __all__ = ['Answered', 'log', 'Request', 'ResponseError', 'ResponseStore', 'prog
            'import_answers', 'require_responses']
 
 # %% ../nbs/04_responses.ipynb #cell-03
-import csv, hashlib, json, logging, sqlite3
+import csv, hashlib, json, logging, sqlite3, time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -55,6 +55,7 @@ _JSON = ('parameters', 'logprobs') # columns that hold JSON
 _COLUMNS = ['key', *_REQUEST, *_ANSWER, 'created']
 _WAITING = 'not asked yet' # the reason why what is only planned has no answer
 _ID, _VERSION = 0x50565253, 1 # tells our files from other people's SQLite files
+_PATIENCE = 60 # seconds to wait for another process's lock
 _SCHEMA = f'''CREATE TABLE answers (key TEXT PRIMARY KEY, {", ".join(_COLUMNS[1:])});
 CREATE INDEX answers_of ON answers (kind, persona);
 CREATE TABLE failures (key TEXT PRIMARY KEY, {", ".join(_REQUEST)}, reason, created);
@@ -82,6 +83,7 @@ class ResponseStore:
         with _explained(path):
             try: self.db = self._open(path)
             except (sqlite3.OperationalError, PermissionError) as e:
+                if 'locked' in str(e): raise # somebody writes: that says nothing about what we may do
                 if not Path(path).is_file(): raise sqlite3.OperationalError(f'unable to open: {e}') from None
                 self.db, self.read_only = self._open_to_read(path), True
             if self._pragma('application_id') != _ID: raise ResponseError(f'{path}: this is not a response store but some other SQLite file')
@@ -90,13 +92,22 @@ class ResponseStore:
     def _open(self, path):
         "A connection that can write; makes the tables"
         if str(path) != ':memory:': Path(path).parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        db.execute('PRAGMA journal_mode = WAL'); db.execute('PRAGMA synchronous = FULL')
+        db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+        self._write_ahead(db); db.execute('PRAGMA synchronous = FULL')
         db.execute('BEGIN IMMEDIATE') # also tells whether the file can be written
         if not db.execute('SELECT count(*) FROM sqlite_master').fetchone()[0]: # several processes may come here at once: the lock lets one make the tables
             for line in _SCHEMA.split(';'): db.execute(line)
         db.execute('COMMIT')
         return db
+
+    def _write_ahead(self, db):
+        "Write-ahead mode; SQLite refuses the switch at once, and does not wait, while another process makes it"
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try: return db.execute('PRAGMA journal_mode = WAL')
+            except sqlite3.OperationalError as e:
+                if 'locked' not in str(e) or time.monotonic() > deadline: raise
+                time.sleep(.01)
 
     def _open_to_read(self, path):
         "A connection to a file that cannot be written"

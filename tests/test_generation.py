@@ -1,5 +1,6 @@
 """Generation against a server that misbehaves on purpose, with processes that are killed, disks that are full and folders that are closed."""
 import json, logging, os, signal, subprocess, sys, tempfile, threading, time, urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,6 +127,17 @@ with ResponseStore(sys.argv[1]) as store:
         for k in range(8): assert [(r.question, a.text) for r, a in store.answered(persona=f"writer {k}")] == [(f"{n}?", f"{k} says {n}") for n in range(200)]
         assert sorted(r.question for r, _ in store.answered(persona="all")) == sorted(f"{n}?" for n in range(200))
         assert store.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+def test_whoever_opens_a_store_while_another_makes_it_can_write(tmp_path):
+    "SQLite tells some of those who come at once that the file is locked, without waiting; they once took it for a file of somebody else's"
+    def add(path, who):
+        together.wait()
+        with ResponseStore(path) as store: store.add(Request("sage", f"{who}?"), Answer("So."))
+    together = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        for k in range(40):
+            list(pool.map(add, [tmp_path / f"{k}.db"] * 8, range(8)))
+            with ResponseStore(tmp_path / f"{k}.db") as store: assert len(store) == 8
 
 FILL = """
 import resource, sys
