@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from .models import blocks, text_config
+from .models import blocks, lock_of, text_config
 from .chat import Messages, chat_prompt
 from .generation import cut_at, draw, row_seed, stop_ids
 from .interventions import Apply, Floor, Intervention
 from .steering import steer
 from .personas import PersonaManager
-from .engine import Manner, Manners, Memory, Monitor, Turn, lock_of, ready, spoken_spans, takes
+from .engine import Manner, Manners, Memory, Monitor, Turn, ready, spoken_spans, takes
 
 # %% ../nbs/13_batching.ipynb #cell-07
 class Text:
@@ -237,7 +237,7 @@ class Batcher:
         job = Job(asked, self.tokenizer)
         with self._changed:
             if self._closing: raise BatchFull('shutting down')
-            if self.waiting >= self.max_waiting: raise BatchFull(f'{self.waiting} answers are waited for already; try again later')
+            if self.waiting >= self.max_waiting and self.running + self.waiting >= self.max_rows: raise BatchFull(f'{self.waiting} answers are waited for already; try again later')
             self._waiting.append(job); self._changed.notify_all()
         return job
 
@@ -321,7 +321,8 @@ class Batcher:
         block = self.ear and blocks(self.model)[self.ear.layer]
         with steer(self.model, *self._interventions()):
             heard = []
-            listening = block and block.register_forward_hook(lambda m, args, out: heard.append((out[0] if isinstance(out, tuple) else out)[:, -1].float() @ self.ear.unit)) # after those of steering
+            def hear(block, args, out): h = (out[0] if isinstance(out, tuple) else out)[:, -1].float(); heard.append(h @ self.ear.unit.to(h.device)) # blocks may be on several devices
+            listening = block and block.register_forward_hook(hear) # after those of steering
             try:
                 while True:
                     self._step(heard) # always one: steering that was never used is an error

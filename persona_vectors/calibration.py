@@ -97,10 +97,10 @@ class StrengthReport:
 
     def usable(self, layer:int)->tuple[float, float]|None: # (least, largest) dose; None when there is none
         "Doses that are still language and do what random directions do not"
-        fine = []
+        fine, unsteered = [], next(d for d in self.at(layer) if d.dose == 0)
         for d in (d for d in self.at(layer) if d.dose > 0):
             if not d.coherence[0] >= self.bar: break # beyond a dose that breaks the language all are broken, however a later one may look
-            if d.trait[1] > max(self.at(layer)[0].trait[0], d.random): fine.append(d.dose)
+            if d.trait[1] > max(unsteered.trait[0], d.random): fine.append(d.dose)
         return (fine[0], fine[-1]) if fine else None
 
     def table(self)->list[dict]: # One row per layer and dose, for a data frame
@@ -139,6 +139,7 @@ def calibrate_strength(
     if unit not in UNITS: raise SteeringError(f'unit={unit!r}: must be one of {", ".join(UNITS)}')
     extractor, doses = as_extractor(model), sorted(float(d) for d in (DOSES[unit] if doses is None else doses))
     if 0 not in doses or len(doses) < 3: raise SteeringError(f'doses={doses}: 0 and at least two others are needed')
+    if controls < 1: raise SteeringError(f'controls={controls}: at least one random direction is needed, to tell the vector from any push')
     if len(questions) < 4: raise SteeringError(f'{len(questions)} questions: at least 4 are needed, to choose on two and confirm on two')
     layers = _tried(extractor, vector, layers)
     norms = residual_norms(extractor, _spoken(extractor, [conversation(q, system_prompt) for q in questions[:6]], max_tokens, seed), layers) if unit == 'norm' else None
@@ -273,6 +274,8 @@ def calibrate_capping(
     progress:bool=True, # Show a progress bar
 )->CappingReport: # Its `str` is for people
     "Which floor lets the least through and costs nothing where nothing is wrong; raises SteeringError"
+    if personas and judge is None: raise SteeringError('personas= needs a judge= to score their roles')
+    if len(safety.requests) < 4 or len(safety.benign) < 2: raise SteeringError(f'{len(safety.requests)} requests and {len(safety.benign)} benign ones: at least 4 and 2 are needed, to make the axis, to choose and to confirm')
     extractor = as_extractor(model)
     for_axis, rest = _halves(safety.requests)
     if axes is None: axes = {where:safety_axis(extractor, safety.model_copy(update=dict(requests=for_axis)), where=where, bootstrap=0, permutations=0, same_text=False, progress=progress) for where in ('last_prompt', 'response')}
@@ -348,7 +351,6 @@ class _Bench:
     def roles(self, cap, personas, judge, questions):
         "{name: (role score without, with the floor)}, 0 to 100"
         from persona_vectors.judging import role_rubric
-        if personas and judge is None: raise SteeringError('personas= needs a judge= to score their roles')
         def score(name, prompt, c):
             verdicts = judge.score([Item(role_rubric(name, prompt), '', t) for t in self.said(c, [conversation(q, prompt) for q in questions])[0]])
             return 100/3*float(np.mean([v.score for v in verdicts if v.score is not None]))

@@ -167,7 +167,7 @@ TRAIT_DATASET = 'mirlab/TRAIT' # on the hub; gated: accept its terms there and s
 
 def _jsonl(path):
     "Rows of a file with one JSON object a line"
-    try: return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    try: return [json.loads(line) for line in path.read_text(encoding='utf-8').split('\n') if line.strip()]
     except FileNotFoundError: raise CatalogError(f'{path}: no such file') from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise CatalogError(f'{path}: not one JSON object a line ({e})') from None
 

@@ -126,7 +126,8 @@ class ApiClient:
         except openai.APIStatusError as e: self._refused(e)
         except (openai.APIResponseValidationError, json.JSONDecodeError) as e: raise _Passing(self._hide(f'the answer was not JSON: {e}')) from None
         self.answered += 1
-        return self._read(found, model, time.monotonic() - start)
+        try: return self._read(found, model, time.monotonic() - start)
+        except (AttributeError, TypeError) as e: raise _Passing(self._hide(f'the answer was no chat completion ({e}): {_short(found, 80)}')) from None
 
     def _refused(self, e):
         "What a status of 400 and more means"
@@ -146,8 +147,8 @@ class ApiClient:
         said, usage = choices[0].message, found.usage
         extra = found.model_extra or {}
         prices, cost = self.config.prices, getattr(usage, 'cost', None)
-        if cost is None and prices and usage: cost = (usage.prompt_tokens*prices[0] + usage.completion_tokens*prices[1])/1e6
-        return answer_of(said.content, choices[0].finish_reason, getattr(said, 'reasoning', None) or getattr(said, 'reasoning_content', None), said.refusal, asked=model, served=found.model,
+        if cost is None and prices and usage and None not in (usage.prompt_tokens, usage.completion_tokens): cost = (usage.prompt_tokens*prices[0] + usage.completion_tokens*prices[1])/1e6
+        return answer_of(_text(said.content), choices[0].finish_reason, getattr(said, 'reasoning', None) or getattr(said, 'reasoning_content', None), said.refusal, asked=model, served=found.model,
             provider=extra.get('provider'), quantization=extra.get('quantization'), prompt_tokens=usage and usage.prompt_tokens, completion_tokens=usage and usage.completion_tokens, cost=cost,
             logprobs=_logprobs(choices[0]), seconds=round(seconds, 3))
 
@@ -156,10 +157,15 @@ class ApiClient:
         key = _key(self.config)
         return _short(str(text).replace(key, '****') if key else text)
 
+def _text(content):
+    "What was said: some servers send a list of parts; half an emoji, where an answer is cut off, cannot be stored"
+    if isinstance(content, list): content = ''.join(o.get('text') or '' for o in content if isinstance(o, dict) and o.get('type') == 'text')
+    return content and content.encode('utf-8', 'replace').decode()
+
 def _logprobs(choice):
     "Per token [(token, log-probability)], the chosen one first"
     if not (choice.logprobs and choice.logprobs.content): return None
-    return [[(t.token, t.logprob), *((o.token, o.logprob) for o in t.top_logprobs if o.token != t.token)] for t in choice.logprobs.content]
+    return [[(t.token, t.logprob), *((o.token, o.logprob) for o in t.top_logprobs or () if o.token != t.token)] for t in choice.logprobs.content]
 
 def _key(config):
     "The key for this address, or None for a server on this machine"

@@ -11,14 +11,14 @@ from threading import Thread
 from typing import Any, Mapping
 import ipywidgets as W
 import torch
-from .models import PERSONA_TINY
+from .models import PERSONA_TINY, lock_of
 from .chat import Messages, conversation
 from .judging import Item, coherence_rubric, role_rubric, tiny_judge
 from .extraction import ActivationExtractor
 from .vectors import Vector
 from .personas import PersonaManager
 from .steering import Audit, steer
-from .engine import Manners, Monitor, SteeringEngine, Turn, lock_of
+from .engine import Manners, Monitor, SteeringEngine, Turn
 from .canvas import SOFT
 from .plots import plot_curves, plot_drift
 from .batching import Batcher, Job, asked_of, ear_of
@@ -64,8 +64,8 @@ class TokenLens(Panel):
             layers = sorted({l for v in self.vectors.values() for l in v.layers})
             chat, h = self.extractor.tokens(messages, layers)
             spoken = [k for k,i in enumerate(chat.ids) if any(k in at for parts in chat.parts for at in parts.values())]
-            self._tokens = [self.extractor.tokenizer.decode([chat.ids[k]]) for k in spoken]
-            for name,v in self.vectors.items(): self._values[name] = v.project(h[spoken][:, [layers.index(l) for l in v.layers]])
+            self._values = {name:v.project(h[spoken][:, [layers.index(l) for l in v.layers]]) for name,v in self.vectors.items()}
+            self._tokens = [self.extractor.tokenizer.decode([chat.ids[k]]) for k in spoken] # last: what could not be projected is not drawn
         self.draw()
 
     def draw(self)->None:
@@ -106,7 +106,7 @@ class SteeringPlayground(Panel):
         self.live = W.Checkbox(False, description='live', indent=False, layout=W.Layout(width='70px'))
         self.question = W.Text(question, description='question', style=dict(description_width='90px'), layout=W.Layout(width='98%'))
         self.temperature = W.FloatSlider(0., min=0, max=1.5, step=.1, description='temperature', continuous_update=False, **CONTROL)
-        self.max_tokens = W.IntSlider(max_tokens, min=8, max=512, step=8, description='max tokens', continuous_update=False, **CONTROL)
+        self.max_tokens = W.IntSlider(max_tokens, min=8, max=max(max_tokens, min(512, (self.batcher.limit or 1024)//2)), step=8, description='max tokens', continuous_update=False, **CONTROL)
         self.ask, self.stop, self.sweep = (W.Button(description=text, button_style=style, tooltip=tip) for text,style,tip in (('Ask', 'primary', 'Answer the question'), ('Stop', '', 'End what is being said'), ('Sweep', '', 'Eight strengths at once')))
         self.shown, self.figure, self.audit, self.code = W.HTML(), W.VBox([]), W.HTML(), W.HTML()
         super().__init__(self.question, W.HBox([self.persona, self.strength, self.safety]), self.blend, W.HBox([self.layers, W.HTML('<div style="width:90px;text-align:right;padding-right:8px">steer tokens</div>'), self.where]), W.HBox([self.temperature, self.max_tokens]), W.HBox([self.ask, self.stop, self.sweep, self.live]), self.shown, self.audit, self.figure, self.code)
@@ -143,7 +143,7 @@ class SteeringPlayground(Panel):
         with self.telling():
             manners = dict(plain=self.manners.manner(None, safety=False), steered=self._manner(), guarded=self._manner(safety=True))
             if not self.safety.value: del manners['guarded']
-            self._began, self._sweep, self._manners, self.audit.value = time.monotonic(), {}, manners, ''
+            self._began, self._sweep, self.audit.value = time.monotonic(), {}, ''
             self.jobs = self._submit(manners)
 
     def end(self)->None:
@@ -180,7 +180,7 @@ class SteeringPlayground(Panel):
         out, model = {}, self.batcher.model
         for pane,job in self.jobs.items():
             turn = Turn(prompt=list(job.asked.prompt)); ids = turn.prompt + list(job.said)
-            done = self.manners.interventions(self._manners[pane], turn.places(0, len(ids)))
+            done = self.manners.interventions(job.asked.manner, turn.places(0, len(ids)))
             if not done: continue
             with lock_of(model), torch.inference_mode(), steer(model, *done) as audit: model(torch.tensor([ids], device=model.device))
             out[pane] = audit
@@ -210,13 +210,15 @@ class SteeringPlayground(Panel):
         if any(j.finish == 'cancelled' for j in sweep.values()): return self.say('the sweep was stopped')
         doses, texts = [*sweep], [j.text.shown for j in sweep.values()]
         who = self.speaker if isinstance(self.speaker, str) else None
-        curves = {}
-        if self.judge and who: curves = {f'sounds like {who}': self._scores(role_rubric(who, self.manager.info(who)['description']), texts), 'is coherent': self._scores(coherence_rubric(), texts)}
+        curves, wrong = {}, ''
+        try:
+            if self.judge and who: curves = {f'sounds like {who}': self._scores(role_rubric(who, self.manager.info(who)['description']), texts), 'is coherent': self._scores(coherence_rubric(), texts)}
+        except (ValueError, RuntimeError, OSError) as e: wrong = f'not judged: {e}' # this is the batcher's thread: nobody else would show it
         heard = {self.ear.axis: [sum(j.heard)/len(j.heard) if j.heard else float('nan') for j in sweep.values()]}
         fig = plot_curves(curves or heard, doses, f'{self.persona.value}: what a strength does', f'{self.question.value}' + ('; judged from 0 to 100' if curves else '; mean projection'), x_title='strength', y_range=(0, 105) if curves else None)
         show_figure(self.figure, fig)
         self.shown.value = side_by_side({f'{d:g}': t for d,t in zip(doses, texts)}, width=180).html
-        self.say()
+        self.say(wrong, wrong=bool(wrong))
 
     def _scores(self, rubric, texts):
         "0 to 100, NaN where the judge does not say"
@@ -285,6 +287,7 @@ class ConversationMonitor(Panel):
 
     def forget(self)->None:
         "Begin again; persona and strength stay"
+        if self.speaking: self.engine.stop(); self._speaker.join() # or its turn would come after this
         self.engine.reset(); self.monitor.forget(); self.say(); self.draw()
 
     def draw(self, asked:str='', said:str='')->None:

@@ -240,7 +240,9 @@ def judge(
     rows, failed = score_table(scores), sum(s['status'] == 'failed' for s in scores)
     if as_json: show_json(dict(judge=by.value, scores=rows, failed=failed))
     else: show(rows)
-    if failed: say(f'{failed} answers could not be judged; the same command asks only for those'); raise typer.Exit(3)
+    if failed:
+        again = 'the same command asks only for those' if file.suffix not in ('.json', '.jsonl') else f'a file keeps no verdicts, so the same command would ask for all again; import it first: persona-steer responses import answers.sqlite {shlex.quote(str(file))}'
+        say(escape(f'{failed} answers could not be judged; {again}')); raise typer.Exit(3)
 
 # %% ../nbs/16_data_commands.ipynb #cell-26
 OutFolder = Annotated[Optional[Path], typer.Option(metavar='FOLDER', help='Receives the files. [dim]Default: calibration/ in the data folder.[/]', show_default=False)]

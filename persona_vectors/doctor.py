@@ -80,11 +80,12 @@ def _keys():
 # %% ../nbs/16_doctor.ipynb #cell-12
 def parameters(
     config:Any, # Of transformers
+    trust_remote_code:bool=False, # Let the repository bring its own modelling code
 )->int: # How many numbers
     "Size of a model that is not loaded"
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    with torch.device('meta'): return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).parameters())
 
 def _needed(settings):
     "(bytes the model of the settings needs, bytes free where it would be, the device); raises OSError where its config is not on this machine, ValueError where it cannot be read"
@@ -92,7 +93,7 @@ def _needed(settings):
     from persona_vectors.models import model_source, resolve_device, resolve_dtype
     m, device = settings.model, resolve_device(settings.model.device)
     if device.type == 'cuda' and not _gpus(): raise ValueError(f'model.device is {m.device!r}, and torch finds no GPU; set it to auto')
-    count = parameters(AutoConfig.from_pretrained(model_source(m.name), revision=m.revision, local_files_only=True))
+    count = parameters(AutoConfig.from_pretrained(model_source(m.name), revision=m.revision, local_files_only=True, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
     each = 1 if m.quantization else resolve_dtype(m.dtype, device).itemsize
     return 1.1*count*each, sum(left for _,_,left in _gpus()) if device.type == 'cuda' else _memory()[1], device.type
 

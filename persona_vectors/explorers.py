@@ -189,14 +189,17 @@ class LayerSweep(Panel):
         text = f'<i>{html.escape(self.activations.questions[side][i])}</i>' + (f'<br>{html.escape(said[i])}' if said else '')
         return f'<div style="display:grid;grid-template-columns:70px 50px 110px 1fr;gap:8px;border-top:1px solid #8884;padding:5px 0;line-height:1.45"><b>{score:+.2f}</b><span style="color:{GROUP_COLORS[side == "off" and 0 or 1]}">{side}</span><span style="color:{SOFT if right else WRONG}">{"right" if right else "wrong side"}</span><span>{text}</span></div>'
 
-@lru_cache
 def tiny_trait(
     name:str, # 'openness' ...
     n_samples:int=6, # Questions that each prompt answers
     trait:Trait|None=None, # One of your own; None takes that of the catalog
 )->tuple[TraitVector, Activations]: # With report and the same words on both sides, and the rows behind it
     "A trait as persona-tiny shows it"
-    trait = trait or find_trait(name)
+    return _tiny_trait((trait or find_trait(name)).model_dump_json(), n_samples)
+
+@lru_cache
+def _tiny_trait(text, n_samples):
+    trait = Trait.model_validate_json(text) # a trait holds lists, and cannot be looked up itself
     extractor, asked = as_extractor(PERSONA_TINY, _TINY), list(trait.extraction_questions)[:n_samples]
     said = generate_responses(personas=trait_personas(trait), questions=asked, config=_TINY, progress=False, keep=('ok', 'truncated'))
     activations, same = trait_activations(extractor, trait, asked, said, keep=('ok', 'truncated'), progress=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from .config import PersonaVectorConfig
-from .models import PERSONA_TINY, fingerprint, is_path, load_model
+from .models import PERSONA_TINY, fingerprint, is_path, load_model, lock_of
 from .passes import prompt_lengths
 from .answers import Answer, answer_of, left_out_line, require_statuses
 from .chat import Messages, chat_prompt
@@ -154,7 +154,7 @@ def iter_batches(
     if samples is None: samples = _occurrences(prompts)
     for batch in _batches(prompts, batch_size):
         some, seeds = [prompts[i] for i in batch], [row_seed(seed, prompts[i], samples[i]) for i in batch]
-        with prompt_lengths(model, [len(p) for p in some], batch, len(prompts)) as told: ids = _continue(model, tokenizer, some, max_tokens, temperature, top_p, seeds, stop, told)
+        with lock_of(model), prompt_lengths(model, [len(p) for p in some], batch, len(prompts)) as told: ids = _continue(model, tokenizer, some, max_tokens, temperature, top_p, seeds, stop, told)
         yield batch, ids
 
 def response_texts(
@@ -303,6 +303,11 @@ class GenerationError(RuntimeError):
     "Some or all answers could not be had; `answered` and `responses` hold the finished ones"
     def __init__(self, message:str, answered:Answered, responses:Responses|None=None): super().__init__(message); self.answered, self.responses = answered, responses
 
+def _sent(request):
+    "A request's parameters with a seed of its own for each sample: with the same one a server may give the same answer each time"
+    seed = request.parameters.get('seed')
+    return request.parameters if seed is None else {**request.parameters, 'seed': seed + request.sample}
+
 class _Run:
     "One run: where its answers go, and its progress bar"
     def __init__(self, todo, store, config, progress, what):
@@ -316,7 +321,8 @@ class _Run:
         self.bar.update(); self.show()
 
     def fail(self, request, reason):
-        self.store.fail(request, reason); self.failed.append((request, reason)); self.show()
+        if request.key not in self.replaced: self.store.fail(request, reason) # what is asked again still has its old answer
+        self.failed.append((request, reason)); self.show()
         if len(self.failed) >= self.config.max_failures: raise RunStopped(f'{len(self.failed)} requests failed (max_failures), the last: {reason}')
 
     def show(self):
@@ -334,7 +340,7 @@ class _Run:
         async with ApiClient(self.config) as self.client:
             async def ask(request):
                 if request.key not in self.replaced and self.store.get(request): return self.bar.update() # another process has asked meanwhile
-                try: self.done(request, await self.client.ask(request.messages, request.parameters, request.model))
+                try: self.done(request, await self.client.ask(request.messages, _sent(request), request.model))
                 except RequestFailed as e: self.fail(request, str(e))
             await each(ask, self.todo, self.config.max_concurrent_requests)
 
@@ -407,13 +413,14 @@ def generate_responses(
     "One response per persona and question; raises GenerationError when some cannot be had"
     requests, local, known = requests_of(personas, questions, config, backend=backend), _here(config, backend), known if known is not None else Responses()
     if len(requests) != len(personas)*len(questions): raise ValueError('several system prompts for one persona: use generate_answers')
+    requests = list({r.key:r for r in requests}.values()) # a question that is listed twice is asked once
     _check_save(save_to, known)
     have = {k:r for k,r in known.items() if r.strip()}
     opened = store if isinstance(store, ResponseStore) else ResponseStore(store or ':memory:')
     def ordered(extra=()):
         "What is finished, in the order of the arguments, then `extra`"
         new = responses_of([(r, a) for r in requests if (r.persona, r.question) not in have and (a := opened.get(r))])
-        both, marks = {**have, **new}, {**getattr(known, 'marks', {}), **new.marks}
+        both, marks = {**have, **new}, {**{k:m for k,m in getattr(known, 'marks', {}).items() if k in have}, **new.marks}
         at = dict.fromkeys([k for k in ((r.persona, r.question) for r in requests) if k in both] + list(extra))
         return Responses({k:both[k] for k in at}, marks={k:marks[k] for k in at if k in marks})
     try: answer_requests([r for r in requests if (r.persona, r.question) not in have], config, opened, local, progress=progress)

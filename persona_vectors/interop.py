@@ -207,7 +207,7 @@ def role_personas(
 # %% ../nbs/10_interop.ipynb #cell-34
 def _lines(path, error):
     "Numbered objects of a file with one JSON object a line"
-    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
+    try: lines = Path(path).read_text(encoding='utf-8').split('\n') # not splitlines: JSON may hold other separators as they are
     except FileNotFoundError: raise error(f'{path}: no such file') from None
     except UnicodeDecodeError as e: raise error(f'{path}: not UTF-8 text ({e.reason} at byte {e.start})') from None
     for i,line in enumerate(lines, 1):

@@ -9,6 +9,7 @@ __all__ = ['Strength', 'Scope', 'SCOPES', 'UNITS', 'SteeringError', 'Dial', 'of_
 
 # %% ../nbs/09_interventions.ipynb #cell-03
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Callable, Sequence
@@ -131,7 +132,8 @@ class AfterThinking:
             head = text(k).lstrip()
             if head.startswith(self.opening): thinking = True; break
             if head and not self.opening.startswith(head): return start + k - 1
-        return next((start + k for k in after if self.closing in text(k)), len(ids)) if thinking else len(ids)
+        if not thinking or self.closing not in text(len(ids) - start): return len(ids)
+        return start + after[bisect_left(after, True, key=lambda k: self.closing in text(k))] # not one by one: thinking is long
 
 Scope = str|Callable[[Pass], Tensor] # A key of `SCOPES`, one of the classes above, or a function of yours to (batch, seq) weights
 SCOPES:dict[str, Callable[[Pass], Tensor]|None] = dict(all=None, prompt=lambda p: p.positions < p.starts[:, None], response=lambda p: p.positions >= p.starts[:, None])
@@ -264,14 +266,18 @@ class Add(Intervention):
     def at(self, layer):
         v = self.given(layer)
         if self.unit == 'raw': return v
+        self._require_gap()
         one = self.vector.gap[self.vector.layers.index(layer)] if self.unit == 'gap' else self.norms[layer]
         return one*_unit(v)
 
     def layers_of(self, model):
         if not isinstance(self.unit, str) or self.unit not in UNITS: raise SteeringError(f'unit={self.unit!r}: must be one of {", ".join(UNITS)}')
-        if self.unit == 'gap' and not isinstance(self.vector, TraitVector): raise SteeringError("unit='gap' needs a TraitVector or an Axis, which know their two means")
+        self._require_gap()
         if self.unit == 'norm' and not isinstance(self.norms, dict): raise SteeringError("unit='norm' needs norms=residual_norms(extractor, conversations)")
         return super().layers_of(model)
+    def _require_gap(self):
+        if self.unit == 'gap' and not isinstance(self.vector, TraitVector): raise SteeringError("unit='gap' needs a TraitVector or an Axis, which know their two means")
+
     def bounds(self): return dict(norms=self.norms) if self.unit == 'norm' else {}
 
 @dataclass(frozen=True)
@@ -366,6 +372,6 @@ class Apply(Intervention):
 
     def given(self, layer): return torch.empty(0) if self.vector is None else super().given(layer)
     def move(self, h, u, layer, k):
-        new = self.function(h)
+        new = self.function(h.clone()) # it may write in place
         if not isinstance(new, Tensor) or new.shape != h.shape: raise SteeringError(f'the function returned {tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__} for {tuple(h.shape)}: it must return a tensor of the same shape')
         return new if isinstance(k, float) and k == 1 else h + k*(new - h)

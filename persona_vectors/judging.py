@@ -8,9 +8,9 @@ __all__ = ['VERDICTS', 'logger', 'ENDS', 'ANSWERS', 'parse_score', 'Rubric', 'tr
            'agreement', 'keep_pairs', 'reject']
 
 # %% ../nbs/06_judging.ipynb #cell-03
-import gzip, json, logging, math, re
+import gzip, hashlib, json, logging, math, re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -56,7 +56,8 @@ def parse_score(
     if (found := _from_json(text)) is not None: return found if low <= found <= high else None
     text = _as_digits(text)
     text = re.sub(rf'\b(?:from\s+|between\s+)?{low:g}\s*(?:-|–|—|to|and)\s*{high:g}\b(?!\s*[/%])', ' scale ', text) # the scale, repeated
-    text = re.sub(_N + rf'\s*(?:/|out of)\s*{high:g}\b', r' score: \1 ', text) # 87/100
+    text = re.sub(_N + rf'[\s*_]*(?:/|out of)[\s*_]*{high:g}\b', r' score: \1 ', text) # 87/100
+    text = re.sub(_N + r'[\s*_]*(?:/|out of)[\s*_]*\d+(?:\.\d+)?', ' share ', text) # 8/10 is of another scale, or counts something
     if re.search(r'\d\s*(?:-|–|—|\bto\b|\bor\b)\s*\d', text): return None # a range, or a choice
     for pattern in (rf'{_LABEL}\W{{0,6}}(?:\bis\b|\bof\b|=|:|would be)?\W{{0,6}}{_N}(?!\s*[-–]\s*\d|\s*/\s*\d)', rf'\*\*\W*{_N}\W*\*\*', rf"\b{_VERB}\b[^.\n]{{0,40}}?{_N}{_AFTER}"):
         found = {float(n) for n in re.findall(pattern, text, re.I)}
@@ -171,7 +172,10 @@ class ApiJudge:
     def score(self, items:Sequence[Item])->list[Verdict]:
         "One verdict per item; what fails is a verdict too"
         out, probe = {}, list(range(min(8, len(items))))
-        found = self._by_logprobs([items[i] for i in probe])
+        try: found = self._by_logprobs([items[i] for i in probe])
+        except GenerationError as e:
+            if not re.search(r'HTTP (400|422)', str(e)): raise
+            found = [Verdict(None, 'unparsed') for _ in probe] # a model that refuses to tell probabilities; if it refuses more, the samples say so
         out.update(zip(probe, found))
         rest = list(range(len(probe), len(items)))
         if any(v.how == 'logprobs' for v in found): out.update(zip(rest, self._by_logprobs([items[i] for i in rest])))
@@ -180,10 +184,10 @@ class ApiJudge:
         out.update(zip(unclear, self._by_samples([items[i] for i in unclear])))
         return [out[i] for i in range(len(items))]
 
-    def _ask(self, items, samples, **parameters):
+    def _ask(self, items, samples, temperature, max_tokens, **more):
         "Per item the answers to its requests; those that could not be had are missing"
         config = self.config
-        base = {**request_parameters(config), **parameters, 'seed': config.seed}
+        base = {**request_parameters(replace(config, temperature=temperature, max_tokens=max_tokens, top_p=1., stop=())), **more}
         requests = [[Request(f'judge of {i.rubric.name}', i.rubric.ask(i.question, i.answer), None, k, config.api_model, config.base_url, base, 'judgement') for k in range(samples)] for i in items]
         try: answer_requests([r for row in requests for r in row], config, self.store, local=False, progress=self.progress, what='judgements')
         except GenerationError as e:
@@ -229,6 +233,7 @@ class ClassifierJudge:
         from sklearn.pipeline import make_pipeline
         rows = [(t, label) for label,group in texts.items() for t in group]
         self.ends, self.alike = ends or {}, alike or {}
+        self.identity = hashlib.sha256(json.dumps([{k:list(v) for k,v in texts.items()}, self.ends, self.alike], sort_keys=True).encode()).hexdigest()[:16] # tells this judge from one that learned something else
         self.model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=20, max_iter=200)).fit(*zip(*rows))
         self.labels = {label:k for k,label in enumerate(self.model.classes_)}
         learned, fresh = rows[::2], [t for t,_ in rows[1::2]]

@@ -14,7 +14,7 @@ from .catalog import ARCHETYPES, PERSONAS
 from .project import ProjectError, catalog, persona_names, require_persona
 from .vectors import Activations, PersonaVectors, Vector
 from .formats import VectorFileError, import_vectors, load_vectors, read_pt
-from .personas import Persona, PersonaManager, is_name, parse_blend
+from .personas import Persona, PersonaError, PersonaManager, is_name, parse_blend
 
 # %% ../nbs/15_making.ipynb #cell-06
 def first_use(
@@ -48,7 +48,11 @@ def ensure(
     wanted = [] if text is None else [text] if is_name(text) else list(parse_blend(text))
     missing = [k for k in wanted if require_persona(data_dir, k, made=False) not in persona_names(data_dir)]
     if missing: first_use(manager, say)
-    for name in missing: say(f'{name} is not in the library yet, and is made from the catalog'); make(manager, name)
+    for name in missing:
+        say(f'{name} is not in the library yet, and is made from the catalog')
+        try: make(manager, name)
+        except PersonaError:
+            if name not in persona_names(data_dir): raise # else another process has made it meanwhile
     return missing
 
 def prompt_of(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .models import blocks, d_model
 from .passes import batch_of
 from .chat import SPOKEN, Messages, chat_prompt
+from .answers import split_thinking
 from .generation import iter_batches, response_texts, sampling_of, stop_ids
 from .extraction import ActivationExtractor, token_positions
 
@@ -60,6 +61,7 @@ class _Listener:
 
     def means(self):
         "(batch, n_layers, d_model), and how many tokens were averaged in each row"
+        if not self.sums: return [None]*len(self.lengths), self.lengths # all answers ended at once
         total = torch.stack([self.sums[l].cpu() for l in self.layers], 1)
         return total/torch.tensor(self.lengths).clamp(min=1)[:, None, None], self.lengths
 
@@ -90,15 +92,17 @@ def iter_generate_and_extract(
     sampling = {**sampling_of(extractor.config), **sampling}; most = sampling.pop('max_tokens')
     prompts = [chat_prompt(tokenizer, c) for c in conversations]
     again, extractor.metadata = [], {**extractor.settings(layers, include), 'examples': len(conversations), 'read_again': 0}
-    with _listening(model, tokenizer, layers) as listener:
-        for batch,ids in iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling):
-            ids = ids[:, :most]
-            values, lengths = listener.means()
-            for i,row,text,x,n in zip(batch, ids.tolist(), response_texts(tokenizer, ids, sampling['stop']), values, lengths):
-                if not text: yield i, '', None
-                elif _as_extracted(extractor, conversations[i], text, prompts[i], row[:n], include): yield i, text, x
-                else: again.append((i, text))
-    if again: # outside the `with`: reading must not be listened to
+    batches = iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling)
+    while True:
+        with _listening(model, tokenizer, layers) as listener: # only while the model speaks: whoever takes the answers may read with it meanwhile
+            if (step := next(batches, None)) is None: break
+            (batch, ids), (values, lengths) = step, listener.means()
+        ids = ids[:, :most]
+        for i,row,text,x,n in zip(batch, ids.tolist(), response_texts(tokenizer, ids, sampling['stop']), values, lengths):
+            if not text or 'think' not in include and not split_thinking(text)[1]: yield i, '', None # it thought until its tokens were spent
+            elif _as_extracted(extractor, conversations[i], text, prompts[i], row[:n], include): yield i, text, x
+            else: again.append((i, text))
+    if again:
         metadata = {**extractor.metadata, 'read_again': len(again)}
         found = extractor.extract([_answered(conversations[i], text) for i,text in again], layers, include, progress=False)
         extractor.metadata = metadata

@@ -168,16 +168,19 @@ class _Follower:
         return seen
 
 _followers = WeakKeyDictionary() # model -> its _Follower
+_coming = threading.Lock() # of those who come to follow, and who leave
 
 @contextmanager
 def following(
     model:nn.Module, # Causal LM
 )->Iterator[_Follower]: # Its `current()` is the `Pass` that is running; raises PassError when that cannot be told
     "Watch the passes of a model; afterwards the model is as before"
-    follower = _followers.setdefault(model, _Follower(model))
-    if not follower.users: follower.install()
-    follower.users += 1
+    with _coming:
+        follower = _followers.setdefault(model, _Follower(model))
+        if not follower.users: follower.install()
+        follower.users += 1
     try: yield follower
     finally:
-        follower.users -= 1
-        if not follower.users: _followers.pop(model, None); follower.remove()
+        with _coming:
+            follower.users -= 1
+            if not follower.users: _followers.pop(model, None); follower.remove()

@@ -175,6 +175,7 @@ class PersonaManager:
         self.config = config if isinstance(config, Settings) else get_config(config)
         self.model, self.progress = model or ModelWrapper(self.config), progress
         self.loaded:dict[str, Persona] = {}
+        self._stamps:dict[str, int|None] = {} # when these were written
         self._shared:dict[str, Any] = {}
 
     def _file(self, name): return self.config.data_dir/'vectors'/'personas'/f'{require_name(name)}.safetensors'
@@ -352,8 +353,14 @@ class PersonaManager:
             if data:
                 with atomic_write(written, 'w') as f: yaml.safe_dump(data.model_dump(), f, allow_unicode=True, sort_keys=False, width=1000)
             save_vectors(rows, path)
+            self._stamps[persona.name] = self._stamp(persona.name)
         self.loaded[persona.name] = persona
         return persona
+
+    def _stamp(self, name):
+        "When a persona was written; None where it is not on the disk (any more)"
+        try: return self._file(name).stat().st_mtime_ns
+        except FileNotFoundError: return None
 
     def _header(self, name, found):
         if not isinstance(found, PersonaVectors): raise PersonaError(f'{self._file(name)}: holds {type(found).__name__}, not a persona; delete it, and make the persona again')
@@ -373,9 +380,10 @@ class PersonaManager:
         name:str, # Of a persona in the library
     )->Persona: # Kept in memory from then on
         "Read a persona; raises PersonaError for one that is not there, damaged, or of another model"
-        if name not in self.loaded:
-            found = self._checked(self._require(name)); self._header(name, found)
+        if name not in self.loaded or self._stamp(name) not in (None, self._stamps[name]): # another process may have replaced it
+            stamp, found = self._stamp(name), self._checked(self._require(name)); self._header(name, found)
             about, degrees = {k:v for k,v in found.about.items() if k != 'degrees'}, torch.tensor(found.about['degrees'])
+            self._stamps[name] = stamp
             self.loaded[name] = Persona(about['name'], about['description'], Vector(found['raw'], found.layers, name, about), Vector(found['vector'], found.layers, name, about), degrees, about)
         return self.loaded[name]
 

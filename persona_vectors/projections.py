@@ -6,6 +6,7 @@
 __all__ = ['TokenProjection', 'project_tokens', 'project_turns', 'project_responses', 'model_shift', 'screen']
 
 # %% ../nbs/11_projections.ipynb #cell-03
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Sequence
 from torch import Tensor
@@ -74,6 +75,9 @@ def model_shift(
     asked = [conversation(q, prompt) for q in questions]
     first = generate_local(before.model, before.tokenizer, asked, **sampling_of(before.config))
     second = generate_local(after.model, after.tokenizer, asked, **sampling_of(after.config)) if own_answers else first
+    both = [k for k,(a,b) in enumerate(zip(first, second)) if a and b]
+    if len({questions[k] for k in both}) < 2: raise ValueError(f'{len(both)} of {len(questions)} questions have an answer of both models, and two are needed; allow longer ones (max_tokens of the config)')
+    questions, first, second = ([o[k] for k in both] for o in (questions, first, second))
     rows = [e.extract([conversation(q, prompt, a) for q,a in zip(questions, answers)], list(vector.layers), progress=progress) for e,answers in ((before, first), (after, second))]
     return projection_shift(*rows, vector, questions, **statistics)
 
@@ -85,7 +89,7 @@ def screen(
     layer:int, # One of the vector's layers
     baseline:Sequence[str]|None=None, # The model's own answers; None generates them
     progress:bool=True, # Show progress bars
-)->list[dict[str, Any]]: # The rows with 'baseline' and 'difference', highest difference first
+)->list[dict[str, Any]]: # The rows with 'baseline' and 'difference', highest difference first; NaN, last, where the model itself had nothing to say
     "Rank training examples by projection difference (Chen et al. 2025)"
     if not rows: raise ValueError('no rows to screen')
     for k,r in enumerate(rows):
@@ -95,6 +99,9 @@ def screen(
     asked = [(r['question'], r.get('prompt')) for r in rows]
     own = baseline if baseline is not None else generate_local(extractor.model, extractor.tokenizer, [conversation(*o) for o in asked], **sampling_of(extractor.config))
     if len(own) != len(rows): raise ValueError(f'{len(rows)} rows, but {len(own)} baseline answers')
-    theirs, ours = (extractor.extract([conversation(*o, a) for o,a in zip(asked, answers)], [layer], progress=progress) for answers in ([r['response'] for r in rows], own))
-    found = projection_difference(theirs, ours, vector)[:, 0].tolist()
-    return sorted(({**r, 'baseline': a, 'difference': d} for r,a,d in zip(rows, own, found)), key=lambda r: -r['difference'])
+    told = [k for k,a in enumerate(own) if a.strip()]
+    if not told: raise ValueError('no baseline answer has any text; allow longer ones (max_tokens of the config)')
+    theirs, ours = (extractor.extract([conversation(*asked[k], answers[k]) for k in told], [layer], progress=progress) for answers in ([r['response'] for r in rows], own))
+    found = dict(zip(told, projection_difference(theirs, ours, vector)[:, 0].tolist()))
+    out = [{**r, 'baseline': a, 'difference': found.get(k, math.nan)} for k,(r,a) in enumerate(zip(rows, own))]
+    return sorted(out, key=lambda r: (math.isnan(r['difference']), -r['difference']))

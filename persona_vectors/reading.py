@@ -17,7 +17,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
-from .models import blocks
+from .models import blocks, lock_of
 from .passes import prompt_lengths
 
 # %% ../nbs/06_reading.ipynb #cell-07
@@ -36,7 +36,7 @@ def reading(
             found[layer] = reduce(out[0] if isinstance(out, tuple) else out) # older and remote code returns tuples
             if layer == last: raise _Stop
         return read
-    with ExitStack() as stack:
+    with lock_of(model), ExitStack() as stack: # a server's passes in another thread must not be read, nor stopped
         for l in layers: stack.callback(blocks(model)[l].register_forward_hook(hook(l)).remove)
         try: yield found
         except _Stop: pass

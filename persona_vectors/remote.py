@@ -39,7 +39,8 @@ class Remote:
         "One request"
         import httpx
         from persona_vectors.settings import KEY
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY, '').strip() # of a file with Windows' ends of lines
+        if not (key.isascii() and key.isprintable()): raise RemoteError(f'{KEY} holds characters that no key has; set it again')
         try: found = httpx.request(method, self.url + path, json=None if method == 'GET' else {}, headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=self.timeout, trust_env=False)
         except httpx.TimeoutException: raise RemoteError(f'the server at {self.url} did not answer within {self.timeout:g} s') from None
         except (httpx.HTTPError, httpx.InvalidURL) as e: raise RemoteError(f'the server at {self.url} cannot be reached ({e or type(e).__name__}); is it still running?') from None

@@ -187,14 +187,14 @@ class ResponseStore:
         return [r for r,_ in self._unanswered(kind)]
 
     def _unanswered(self, kind):
-        found = self._all(f'SELECT {", ".join(_REQUEST)}, reason FROM failures WHERE kind = ? ORDER BY rowid', [kind])
+        found = self._all(f'SELECT {", ".join(_REQUEST)}, reason FROM failures WHERE kind = ? AND key NOT IN (SELECT key FROM answers) ORDER BY rowid', [kind])
         return [(_request(dict(zip(_REQUEST, row))), row[-1]) for row in found]
 
     def counts(self, kind:str='response')->dict[str, dict[str, int]]:
         "{persona: {status: how many}}; 'failed' and 'missing' (only expected) are those without an answer"
         out = {}
         for persona,status,n in self._all(f"""SELECT persona, status, count(*) FROM answers WHERE kind = ?1 GROUP BY persona, status
-            UNION ALL SELECT persona, CASE reason WHEN '{_WAITING}' THEN 'missing' ELSE 'failed' END AS why, count(*) FROM failures WHERE kind = ?1 GROUP BY persona, why""", [kind]): out.setdefault(persona, {})[status] = n
+            UNION ALL SELECT persona, CASE reason WHEN '{_WAITING}' THEN 'missing' ELSE 'failed' END AS why, count(*) FROM failures WHERE kind = ?1 AND key NOT IN (SELECT key FROM answers) GROUP BY persona, why""", [kind]): out.setdefault(persona, {})[status] = n
         return out
 
     def frame(self, kind:str='response', **columns)->Any:

@@ -234,8 +234,10 @@ def extract(
     prompts, said = load_personas(personas) if personas else PERSONAS, load_responses(responses)
     unknown = {p for p,_ in said} - set(prompts)
     if unknown: raise ValueError(f'{responses} has responses of {", ".join(sorted(unknown))}, whose system prompts are unknown; pass --personas')
-    groups = {}
-    for (p,q),text in usable(said, said.marks).items(): groups.setdefault(p, []).append(conversation(q, prompts[p], text))
+    if not said: raise ValueError(f'{responses}: there are no responses in it')
+    groups = {p:[] for p,_ in said}
+    for (p,q),text in usable(said, said.marks).items(): groups[p].append(conversation(q, prompts[p], text))
+    if lost := [p for p,g in groups.items() if not g]: raise ValueError(f'{responses}: all responses of {", ".join(lost)} are left out; generate them again, with a longer --max-tokens?')
     job = ExtractJob(PersonaVectorConfig(model_name=model), str(folder), int(layer) if layer.removeprefix('-').isdigit() else layer) # any other word is refused with the layers there are
     shards = shards_of(groups, size)
     paths = _run(job, shards, ray, workers, gpus)

@@ -356,7 +356,7 @@ class _Server(uvicorn.Server):
 @contextmanager
 def _opened(library, host, port, api_key, limits, on_start):
     "(server, socket), ready to run; afterwards nothing is left"
-    api_key = api_key or os.environ.get(KEY) or None
+    api_key = (api_key or os.environ.get(KEY, '')).strip() or None # a file with Windows' ends of lines has more than the key
     if not is_loopback(host) and not api_key: raise ValueError(f'host={host!r} can be reached by others, so a key is needed: set {KEY} to a long random text, and give it to those who may use this server')
     if api_key and not (api_key.isascii() and api_key.isprintable() and len(api_key) >= 8): raise ValueError(f'{KEY}: at least 8 printable ASCII characters are needed')
     manager = as_manager(library)
@@ -397,7 +397,8 @@ def serving(
     with _opened(library, '127.0.0.1', 0, api_key, limits, lambda url: ready.set()) as (server, sock):
         url = f'http://127.0.0.1:{sock.getsockname()[1]}'
         thread = Thread(target=server.run, args=([sock],), daemon=True); thread.start()
-        ready.wait()
+        while not ready.wait(.1):
+            if not thread.is_alive(): raise OSError(f'the server at {url} ended before it was ready; the log says why')
         try: yield url
         finally: server.should_exit = True; thread.join()
 

@@ -129,6 +129,7 @@ def reading(
     auc:float, # Held-out
 )->str: # A word
     "What an AUC is commonly called"
+    if np.isnan(auc): return 'not known'
     return next(word for least,word in ((.8, 'excellent'), (.7, 'good'), (.6, 'moderate'), (-1, 'poor')) if auc >= least)
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def direction_report(
     everything = np.arange(len(y))
     inner = [(t, np.setdiff1d(everything, t)) for t in tests]
     inner = [(t, kept, _folds(g[kept], min(4, len(np.unique(g[kept]))))) for t,kept in inner if len(np.unique(g[kept])) > 1]
+    if method in ('logistic', 'lda') and any(_too_few(y[r[fit[r]]]) for _,kept,parts_ in inner for r in (np.delete(kept, t) for t in parts_)): inner = [] # these need two rows of each side
     out, all_scores, inner_aucs, best_chance, factors = [], [], [], np.full(permutations, -np.inf), []
     for l,number in enumerate(tqdm(layers, desc='layers', unit='layer', disable=not progress)):
         h = x[:, l].float(); h = h - h.mean(0)
@@ -267,6 +269,7 @@ def direction_report(
     interval = _widened(expanded_interval(_over_folds(chosen, Y, parts, weights), n_questions), chosen_auc, factors[best][0], _BOUNDS[0]) if inner else (float('nan'),)*2
     return DirectionReport(out, chosen_auc, int(Y.sum()), int((~Y).sum()), int(n_questions), interval, _p(best_chance if can_shuffle else None, out[best].auc), method)
 
+def _too_few(sides): return min(sides.sum(), (~sides).sum()) < 2
 def _within(at, rows): return np.flatnonzero(np.isin(at, rows))
 def _p(chance, real): return float((1 + (chance >= real).sum())/(1 + len(chance))) if chance is not None else float('nan')
 

@@ -42,10 +42,11 @@ class Trace:
 
     def _add_up(self):
         if not self.waiting: return
-        p, q, r = (torch.cat([o[k].flatten() for o in self.waiting]).double() for k in range(3))
+        wide = torch.float32 if self.waiting[0][0].device.type == 'mps' else torch.float64 # which Apple's GPUs do not have
+        p, q, r = (torch.cat([o[k].flatten() for o in self.waiting]).to(wide) for k in range(3))
         inside = torch.cat([(torch.ones_like(o[0]) if o[3] is None else o[3].to(o[0].device) > 0).flatten() for o in self.waiting]).bool()
         moved = (r - p).abs() > 1e-6*p.abs() + 1e-9
-        self.sums = self.sums + torch.stack([inside.sum().double(), (moved & inside).sum().double(), *(torch.where(inside, o, 0.).sum() for o in (p, q, r))])
+        self.sums = self.sums + torch.stack([inside.sum().to(wide), (moved & inside).sum().to(wide), *(torch.where(inside, o, 0.).sum() for o in (p, q, r))])
         self.waiting = []
 
     def row(self)->dict[str, Any]: # Numbers of this trace

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from itertools import groupby
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
@@ -71,17 +72,20 @@ def _tell(files, png):
     if png and not any(f.suffix == '.png' for f in files): say("[dim]no PNG: it needs pip install 'persona-steer\\[png]' and Chrome or Chromium[/]")
 
 # %% ../nbs/16_trait_commands.ipynb #cell-09
-def _interval(low, high): return f'{low:.2f} to {high:.2f}'
+def _interval(low, high): return f'{low:.2f}–{high:.2f}'
+
+_SAME = 'same words (random)' # an AUC where both sides say the same words, and what random directions reach there
+def _over_chance(auc, noise): return f'{auc:.3f} ({noise:.2f})'
 
 def _layer_table(trait):
     "A trait for people"
-    from persona_vectors.statistics import reading
     from persona_vectors.trait_runs import layer_rows, trait_summary
     o = trait_summary(trait)
     stdout().print(f"[bold]{escape(trait.name)}[/]: {o['n_on']} answers with it, {o['n_off']} without, {o['questions']} questions, each held out in turn")
-    rows = [dict(layer=r['layer'], AUC=f"{r['auc']:.3f}", **{'95%': _interval(*r['interval']), "d'": f"{r['d_prime']:.2f}"}, separation=f"{r['separation']:.2f}", random=f"{r['noise']:.2f}", same_words=f"{r['same_words_auc']:.3f}" if 'same_words_auc' in r else '', best=f"<- best, {reading(r['auc'])}" if r['best'] else '') for r in layer_rows(trait)]
-    show(rows, columns=[k for k in rows[0] if k != 'same_words' or trait.same_text], mark=lambda r: r['best'])
-    if len(rows) > 1: stdout().print(f"layer chosen on the other questions: AUC {o['nested_auc']:.3f}, {_interval(o['nested_low'], o['nested_high'])}", soft_wrap=True)
+    rows = [dict(layer=r['layer'], AUC=f"{r['auc']:.3f}", **{'95%': _interval(*r['interval']), "d'": f"{r['d_prime']:.2f}"}, separation=f"{r['separation']:.2f}", random=f"{r['noise']:.2f}", **{_SAME: _over_chance(r['same_words_auc'], r['same_words_noise']) if 'same_words_auc' in r else ''}, best='<- best'*r['best']) for r in layer_rows(trait)]
+    show(rows, columns=[k for k in rows[0] if k != _SAME or trait.same_text], mark=lambda r: r['best'])
+    nested = 'too few questions to choose a layer on the others' if isnan(o['nested_auc']) else f"layer chosen on the other questions: AUC {o['nested_auc']:.3f}, {_interval(o['nested_low'], o['nested_high'])}, {o['reading']}"
+    stdout().print(nested if len(rows) > 1 else f"layer {o['layer']}: {o['reading']}", soft_wrap=True)
 
 def _show_trait(trait, path, png, as_json):
     "Figures, table, and what was written"
@@ -137,7 +141,7 @@ def _compare(found, folder, png, as_json):
     rows = [trait_summary(t) for t in found.values()]
     files = [*(folder/f'{name}.npz' for name in found), *files]
     if as_json: show_json(dict(traits=rows, layer=layer, cosines=cosines, files=files)); return _tell(files, png)
-    show([dict(trait=r['trait'], layer=r['layer'], AUC=f"{r['nested_auc']:.3f}", **{'95%': _interval(r['nested_low'], r['nested_high']), 'random': f"{r['noise']:.2f}", "d'": f"{r['d_prime']:.2f}"}, same_words=f"{r['same_text_auc']:.3f}", reading=r['reading']) for r in rows])
+    show([dict(trait=r['trait'], layer=r['layer'], AUC=f"{r['nested_auc']:.3f}", **{'95%': _interval(r['nested_low'], r['nested_high']), 'random': f"{r['noise']:.2f}", "d'": f"{r['d_prime']:.2f}"}, **{_SAME: _over_chance(r['same_text_auc'], r['same_text_noise'])}, reading=r['reading']) for r in rows])
     if len(rows) > 1:
         stdout().print(f'\n[bold]Cosines at layer {layer}[/]')
         show([{'trait': a, **{b:f'{c:+.2f}' for b,c in row.items()}} for a,row in cosines.items()])
@@ -267,7 +271,7 @@ def _axes(names, owner):
     axes, poles = {}, {}
     for n in names:
         axis = read[n] if n in read else known[n]()
-        label = axis.name if axis.name and axis.name not in axes else Path(n).stem
+        label = next((k for k in (axis.name, Path(n).stem, n) if k and k not in axes), f'{n} ({len(axes) + 1})')
         axes[label], poles[label] = axis, getattr(axis, 'poles', (f'less {label}', f'more {label}'))
     return axes, poles
 

@@ -211,7 +211,7 @@ def read_transcripts(
     except UnicodeDecodeError as e: raise TranscriptError(f'{path}: not UTF-8 text (byte {e.start}); save it as UTF-8') from None
     except OSError as e: raise TranscriptError(f'{path}: {e.strerror or e}') from None
     if not text: raise TranscriptError(f'{path}: is empty')
-    lines = [(k, l) for k,l in enumerate(text.splitlines(), 1) if l.strip()]
+    lines = [(k, l) for k,l in enumerate(text.split('\n'), 1) if l.strip()] # not splitlines: JSON may hold other separators as they are
     def parsed(text, where):
         try: return json.loads(text)
         except (json.JSONDecodeError, RecursionError) as e: raise TranscriptError(f'{where}: not JSON ({str(e).splitlines()[0]})') from None

@@ -7,7 +7,7 @@ __all__ = ['log', 'BIG_FIVE', 'trait_personas', 'as_extractor', 'trait_activatio
            'extract_traits', 'safety_axis', 'analyze_trait']
 
 # %% ../nbs/10_traits.ipynb #cell-03
-import hashlib, json, logging
+import hashlib, json, logging, uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -186,7 +186,12 @@ def extract_traits(
     return found
 
 def _asked_of(config, backend): return [config.api_model, config.base_url, request_parameters(config)] if backend == 'api' else None
-def _judged_by(judge): return judge and [type(judge).__qualname__, *(_asked_of(judge.config, 'api') if hasattr(judge, 'config') else [])]
+
+def _judged_by(judge):
+    "What tells a judge from others; one that does not say is never taken for one of an earlier run"
+    if judge is None: return None
+    who = [*_asked_of(judge.config, 'api'), judge.config.seed, getattr(judge, 'samples', None)] if hasattr(judge, 'config') else [getattr(judge, 'identity', None) or uuid.uuid4().hex]
+    return [type(judge).__qualname__, *who]
 
 def _kept(path, inputs):
     "The trait of an earlier run with the same inputs"

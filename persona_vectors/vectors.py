@@ -328,6 +328,7 @@ def persona_activations(
 )->Activations: # A row per question, without those whose response is left out
     "Activations of each persona's responses; one line of the log says what is left out"
     if not personas or not questions: raise ValueError(f'nothing to extract: {len(personas)} personas, {len(questions)} questions')
+    questions = list(dict.fromkeys(questions)) # one listed twice counts once
     require_responses(responses, personas, questions)
     used = usable({(p, q): responses[p, q] for p in personas for q in questions}, getattr(responses, 'marks', {}), keep)
     asked = {p:[q for q in questions if (p, q) in used] for p in personas}

@@ -9,8 +9,8 @@ faults by kind, and how often each request was answered.
 import argparse, asyncio, hashlib, json, math, random, sys
 from collections import Counter
 
-HARD = ("429", "429-later", "500", "502", "503", "cut", "slow", "hang", "invalid", "html", "no-choices")  # no answer comes of these
-SOFT = ("null", "other-model", "length", "no-logprobs")  # an answer, with something wrong about it
+HARD = ("429", "429-later", "500", "502", "503", "cut", "slow", "hang", "invalid", "html", "no-choices", "no-message")  # no answer comes of these
+SOFT = ("null", "other-model", "length", "no-logprobs", "parts", "half-emoji", "no-usage", "null-top")  # an answer, with something wrong about it
 FAULTS = HARD + SOFT
 
 def key_of(body): return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -71,16 +71,18 @@ class Server:
         if fault == "hang": await reader.read(1); return False
         if fault == "invalid": return self.send(writer, b'{"id": "x", "choices": [{"mess')
         if fault == "html": return self.send(writer, b"<html><body><h1>502 Bad Gateway</h1></body></html>", kind="text/html")
+        if body["model"] == "judge-without-logprobs" and body.get("logprobs"): return self.send(writer, dict(error=dict(message="logprobs is not supported with this model")), 400)
         text = text_of(body)
-        message = dict(role="assistant", content=None if fault == "null" else text)
+        message = dict(role="assistant", content={"null": None, "parts": [dict(type="thinking", thinking=[]), dict(type="text", text=text)], "half-emoji": text + "\ud83d"}.get(fault, text))
         logprobs = None
         if body.get("logprobs") and fault != "no-logprobs" and not self.a.no_logprobs:
             top = [(text, .6), (str(min(100, int(text) + 1)) if text.isdigit() else "x", .3), ("the", .1)]
             if body["model"] == "judge-digits": top = [(text[0], .9), ("the", .1)]  # a tokenizer that writes numbers digit by digit
             logprobs = dict(content=[dict(token=top[0][0], bytes=None, logprob=math.log(top[0][1]), top_logprobs=[dict(token=t, bytes=None, logprob=math.log(p)) for t, p in top])])
+        if fault == "null-top": logprobs = dict(content=[dict(token=text, bytes=None, logprob=-.1, top_logprobs=None)])
         said = dict(id="chatcmpl-1", object="chat.completion", created=0, model="another/small-model" if fault == "other-model" else body["model"], provider="Testing",
-                    choices=[] if fault == "no-choices" else [dict(index=0, message=message, finish_reason="length" if fault == "length" else "stop", logprobs=logprobs)],
-                    usage=dict(prompt_tokens=11, completion_tokens=7, total_tokens=18, cost=.000025))
+                    choices=[] if fault == "no-choices" else [dict(index=0, message=None if fault == "no-message" else message, finish_reason="length" if fault == "length" else "stop", logprobs=logprobs)],
+                    usage={} if fault == "no-usage" else dict(prompt_tokens=11, completion_tokens=7, total_tokens=18, cost=.000025))
         data = json.dumps(said).encode()
         if fault in ("cut", "slow"):
             writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data[:40]); await writer.drain()
@@ -88,7 +90,7 @@ class Server:
                 writer.write(bytes([byte])); await writer.drain(); await asyncio.sleep(self.a.slow)
             if fault == "cut": writer.transport.abort()
             return False
-        if fault != "no-choices": self.answered[key] += 1
+        if fault not in ("no-choices", "no-message"): self.answered[key] += 1
         return self.send(writer, data)
 
     def send(self, writer, data, status=200, extra="", kind="application/json"):

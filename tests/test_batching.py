@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 from architectures import ARCHITECTURES, block_modules, random_model
 from persona_vectors.batching import Asked, Batcher, BatchFull, Ear, Job, Text, Token
 from persona_vectors.config import PersonaVectorConfig
-from persona_vectors.engine import Manner, Manners, SteeringEngine, lock_of
-from persona_vectors.models import load_model, model_source
+from persona_vectors.engine import Manner, Manners, SteeringEngine
+from persona_vectors.extraction import ActivationExtractor
+from persona_vectors.generation import generate_local
+from persona_vectors.models import load_model, lock_of, model_source
 from persona_vectors.personas import ModelWrapper, PersonaManager
 from persona_vectors.settings import get_config
 
@@ -206,6 +208,29 @@ def test_a_batch_that_dies_is_told_and_the_next_is_served(tiny, caplog):
     with pytest.raises(IndexError): list(batcher.stream(batcher.submit(Asked([10**6], UNSTEERED)))) # its own prompt kills it alone
     wait(lambda: running.finish); tiny.check(running)
     batcher.close()
+
+def test_reading_and_generating_beside_a_batcher_is_as_alone(tiny):
+    "Hooks belong to a model and not to a thread: without a lock a reading ends the batcher's pass, and what is generated is steered by it"
+    extractor = ActivationExtractor(PersonaVectorConfig(model_name="persona-tiny", device="cpu"), tiny.model, TOKENIZER)
+    chats = [[dict(role="user", content=f"{n}?"), dict(role="assistant", content="Truth is a river.")] for n in range(6)]
+    def read(): return extractor.extract(chats, [4], progress=False)
+    def say(): return generate_local(tiny.model, TOKENIZER, [c[:1] for c in chats], max_tokens=12, temperature=0, batch_size=2)
+    alone = read(), say()
+    batcher, ask = endless(tiny.manners, max_rows=2), Asked(tiny.ids[:6], tiny.manner(3, strength=8.), 60, temperature=0, logprobs=0)
+    jobs = [batcher.submit(ask) for _ in range(3)]
+    wait(lambda: jobs[0].said)
+    for _ in range(4):
+        torch.testing.assert_close(read(), alone[0], rtol=0, atol=1e-4) # steering moves it by .2
+        assert say() == alone[1]
+    wait(lambda: all(j.finish for j in jobs))
+    for j in jobs: tiny.check(j)
+    batcher.close()
+
+def test_a_queue_of_none_still_serves_who_finds_a_place(tiny):
+    batcher, ask = endless(tiny.manners, max_rows=1, max_waiting=0), Asked(tiny.ids[:6], UNSTEERED, 200, temperature=1.)
+    job = batcher.submit(ask); wait(lambda: job.said)
+    with pytest.raises(BatchFull): batcher.submit(ask)
+    batcher.close(now=True)
 
 def test_closing_waits_or_does_not(tiny):
     ask = Asked(tiny.ids[:6], UNSTEERED, 30, temperature=0, logprobs=0)

@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fault_server
-from persona_vectors import ApiJudge, GenerationError, Item, PersonaVectorConfig, Request, ResponseStore, coherence_rubric, generate_answers
+from persona_vectors import ApiJudge, GenerationError, Item, PersonaVectorConfig, Request, Responses, ResponseStore, coherence_rubric, generate_answers, generate_responses, load_responses
 from persona_vectors.answers import Answer
 from persona_vectors.client import ApiClient
-from persona_vectors.responses import ResponseError, import_answers, export_answers
+from persona_vectors.responses import ResponseError, import_answers, export_answers, progress_table
 
 KEY = "sk-canary-7d1f0c9a"  # must be nowhere
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def config(url, **kwargs):
 def body_of(request):
     "What the client sends, put together without the client"
     messages = [dict(role="system", content=request.prompt)] * bool(request.prompt) + [dict(role="user", content=request.question)]
-    return dict(messages=messages, model="test/model", max_tokens=16, temperature=.7, seed=0)
+    return dict(messages=messages, model="test/model", max_tokens=16, temperature=.7, seed=request.sample)  # of 0: each sample has a seed of its own
 
 def expected(url_seed, rate, faults, request, attempts):
     "What should be stored, by the server's schedule: (text, finish_reason, status) or None where all attempts fail"
@@ -40,7 +40,7 @@ def expected(url_seed, rate, faults, request, attempts):
     for n in range(1, attempts + 1):
         fault = fault_server.fault_of(url_seed, rate, faults, body, n)
         if fault not in fault_server.HARD:
-            text = "" if fault == "null" else fault_server.text_of(body)
+            text = "" if fault == "null" else fault_server.text_of(body) + "?" * (fault == "half-emoji")
             return text, {"null": "empty", "length": "truncated", "other-model": "other_model"}.get(fault, "ok")
     return None
 
@@ -340,3 +340,31 @@ def test_only_what_is_left_out_is_told_to_be(caplog):
     assert axis.n_on == axis.n_off > 0 and "left out" not in caplog.text
     with pytest.raises(VectorError): safety_axis(config, n_samples=2, keep=("ok",), progress=False)
     assert "left out" in caplog.text
+
+def test_samples_differ_where_a_server_honours_the_seed():
+    with serving("--rate", 0) as url: texts = [a.text for _, a in generate_answers({"sage": None}, ["Why?"], config(url), samples=3, progress=False)]
+    assert len(set(texts)) == 3
+
+def test_what_is_said_anew_loses_its_old_mark_and_a_question_twice_is_asked_once(tmp_path):
+    known = Responses({("sage", "Why?"): "", ("sage", "How?"): "Slowly"}, marks={("sage", "Why?"): "empty", ("sage", "How?"): "truncated"})
+    with serving("--rate", 0) as url: found = generate_responses({"sage": "Be wise."}, ["Why?", "How?", "Why?"], config(url), known=known, save_to=tmp_path / "r.json", progress=False)
+    assert [*found] == [("sage", "Why?"), ("sage", "How?")] and found["sage", "Why?"].startswith("An answer") and found.marks == {("sage", "How?"): "truncated"}
+    again = load_responses(tmp_path / "r.json")
+    assert again == found and again.marks == found.marks
+
+def test_asking_again_in_vain_leaves_the_old_answer_and_no_failure():
+    store = ResponseStore()
+    with serving("--rate", 1, "--faults", "length") as url: [(request, old)] = generate_answers({"sage": None}, ["Why?"], config(url), store, progress=False)
+    with serving("--port", url.split(":")[2].split("/")[0], "--rate", 1, "--faults", "500"):
+        with pytest.raises(GenerationError, match="HTTP 500"): generate_answers({"sage": None}, ["Why?"], config(url, max_attempts=1), store, again=["truncated"], progress=False)
+    [row] = progress_table(store)
+    assert old.status == "truncated" and store.get(request) == old and store.failures() == [] and (row["requests"], row["answered"], row["failed"]) == (1, 1, 0)
+
+def test_a_judge_that_refuses_to_tell_probabilities_is_asked_for_samples():
+    with serving("--rate", 0, "--keep-bodies") as url:
+        judge = ApiJudge(config(url, openrouter_model="judge-without-logprobs", top_p=.5, stop=("x",)), samples=3, progress=False)
+        verdicts = judge.score([Item(coherence_rubric(), "Why?", f"So {n}.") for n in range(3)])
+        bodies = json.loads(urllib.request.urlopen(url.replace("/v1", "/bodies")).read())
+    assert [(v.status, v.how) for v in verdicts] == [("ok", "samples")] * 3
+    assert all(v.spread > 0 for v in verdicts)  # three seeds, three replies
+    assert not any("top_p" in b or "stop" in b for b in bodies)

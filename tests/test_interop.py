@@ -251,6 +251,9 @@ def test_answers_of_roles(tmp_path):
     (tmp_path / "bard.jsonl").write_text("\n".join([json.dumps(row)] * 2 + [json.dumps(dict(row, system_prompt=""))]))
     found = import_role_answers(tmp_path / "bard.jsonl", "gemma")
     assert [(r.persona, r.question, r.prompt, r.sample, r.model, a.text) for r, a in found] == [("bard 2", "Rain?", "Be a bard.", 0, "gemma", "It sings."), ("bard 2", "Rain?", "Be a bard.", 1, "gemma", "It sings."), ("bard 2", "Rain?", None, 2, "gemma", "It sings.")]
+    odd = "a line separator \u2028 inside"
+    (tmp_path / "odd.jsonl").write_text(json.dumps(dict(row, conversation=[row["conversation"][0], dict(role="assistant", content=odd)]), ensure_ascii=False), encoding="utf-8")
+    assert [a.text for _, a in import_role_answers(tmp_path / "odd.jsonl")] == [odd]
     for bad in (dict(conversation=[]), dict(conversation=None), dict(prompt_index="x"), dict(question=3), dict(conversation=row["conversation"][:1])):
         (tmp_path / "bad.jsonl").write_text(json.dumps({**row, **bad}))
         with pytest.raises(ResponseError, match="line 1"): import_role_answers(tmp_path / "bad.jsonl")

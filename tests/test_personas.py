@@ -113,6 +113,15 @@ broken = st.one_of(st.tuples(st.just("bytes"), st.binary(max_size=300)), st.tupl
     st.tuples(st.just("about"), st.tuples(st.sampled_from(["name", "description", "fingerprint", "model", "created", "version", "degrees", "kind", "format", "convention"]), plain)),
     st.tuples(st.just("top"), st.tuples(st.sampled_from(["about", "layers", "names", "counts", "kind", "format"]), plain)), st.tuples(st.just("yaml"), st.one_of(st.binary(max_size=100), plain.map(lambda o: yaml.safe_dump(o).encode()))))
 
+def test_a_persona_that_another_process_replaced_is_read_again(manager):
+    other = PersonaManager(manager.config, manager.model, progress=False)
+    manager.create_from_data("fresh", manager.load("sage").raw, "the first", replace=True)
+    assert other.load("fresh").description == "the first" and other.load("fresh") is other.load("fresh")
+    manager.create_from_data("fresh", manager.load("trickster").raw, "the second", replace=True)
+    assert other.load("fresh").description == "the second"
+    manager.delete("fresh", yes=True)
+    assert other.load("fresh").description == "the second"  # at hand, though its file is gone
+
 @settings(fuzz, max_examples=120)
 @given(broken)
 def test_any_file_is_a_persona_or_a_line(manager, how):

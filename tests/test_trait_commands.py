@@ -64,7 +64,9 @@ def test_extract_trait_writes_what_the_library_finds(evil, traits, extractor):
     assert made.layers == (2, 3, 4) and made.about["fingerprint"] == expected.about["fingerprint"]
     table = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d ", line)]
     assert [(int(r[0]), float(r[1])) for r in table] == [(o.layer, round(o.auc, 3)) for o in expected.report.layers]
-    assert [int(r[0]) for r in table if "<-" in r] == [made.best_layer] and "same words" in done.stdout
+    assert [int(r[0]) for r in table if "<-" in r] == [made.best_layer]
+    assert [(float(r[6]), r[7]) for r in table] == [(round(o.auc, 3), f"({o.noise:.2f})") for o in made.same_text.layers] and "same words (random)" in done.stdout
+    assert f"layer chosen on the other questions: AUC {expected.report.chosen_auc:.3f}" in done.stdout
     assert all(f"wrote {traits / name}" in done.stderr for name in ["evil.npz", "evil_layers.html"] + ["evil_layers.png"]*CHROME) and "wrote" not in done.stdout
     assert (traits / "evil_layers.png").exists() == CHROME or "no PNG" in done.stderr
 
@@ -74,6 +76,10 @@ def test_extract_trait_as_json_takes_up_what_is_there(told, evil, traits):
     assert code == 0 and "was there already" in err
     assert (found["best_layer"], found["about"]["fingerprint"]) == (made.best_layer, made.about["fingerprint"])
     assert [(o["layer"], o["auc"], o["d_prime"], o["same_words_auc"]) for o in found["layers"]] == [(o.layer, o.auc, o.d_prime, s.auc) for o, s in zip(made.report.layers, made.same_text.layers)]
+
+def test_two_questions_are_too_few_to_choose_a_layer(told, tmp_path):
+    code, out, err = told("extract-trait", "--trait", "openness", "--n-samples", 2, "--out", tmp_path, "--no-png")
+    assert code == 0 and "<- best" in out and "too few questions to choose a layer on the others" in out, err
 
 def test_analyze(run, told, traits, extractor, tmp_path):
     import torch

@@ -54,6 +54,17 @@ def test_a_trait_is_what_plain_transformers_and_sklearn_make_of_it(tiny, answers
     assert found.same_text.at(layer).auc == pytest.approx(same, abs=2e-3)
     assert (found.n_on, found.n_off, found.same_text.n_on) == (40, 40, 80)
 
+def test_a_judge_is_told_from_another():
+    "Or a run would take what another judge chose for its own finished work"
+    class Judge:
+        def __init__(self, bar): self.identity = str(bar)
+    from persona_vectors.judging import ClassifierJudge, tiny_judge
+    from persona_vectors.traits import _judged_by
+    assert _judged_by(tiny_judge()) == _judged_by(tiny_judge()) and _judged_by(Judge(3)) == _judged_by(Judge(3)) != _judged_by(Judge(4))
+    texts = dict(a=["it is so", "so it is"] * 4, b=["no it is not", "it is not so"] * 4)
+    assert _judged_by(ClassifierJudge(texts)) == _judged_by(ClassifierJudge(texts)) != _judged_by(ClassifierJudge({**texts, "b": texts["b"][::-1] + ["never"] * 2}))
+    assert _judged_by(object()) != _judged_by(object())
+
 def test_given_answers_are_teacher_forced(tiny):
     found, items = analyze_trait(tiny, "neuroticism", layer_start=2, layer_end=2, max_samples=10, **QUICK), load_trait_items(personality="neuroticism")[:10]
     high, low = (np.stack([naive_mean(*tiny, None, i.question, getattr(i, f"response_{side}{k}"), 2) for i in items for k in (1, 2)]) for side in ("high", "low"))
