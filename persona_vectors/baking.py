@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from .models import blocks, fingerprint, text_config
+from .models import blocks, fingerprint, lock_of, text_config
 from .interventions import Add, SteeringError
 from .control_vectors import layer_sums
 from .steering import steer
@@ -92,8 +92,9 @@ def _write(new, sums):
 def _compared(model, new, sums):
     "(largest difference, farthest move, whether they compute the same) on some tokens"
     ids = torch.randint(text_config(model).vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-    plain = model(ids, use_cache=False).logits.float()
-    with steer(model, Add(sums, 1., list(sums.layers))): wanted = model(ids, use_cache=False).logits.float()
+    with lock_of(model):
+        plain = model(ids, use_cache=False).logits.float()
+        with steer(model, Add(sums, 1., list(sums.layers))): wanted = model(ids, use_cache=False).logits.float()
     off, moved = (new(ids, use_cache=False).logits.float() - wanted).abs(), (wanted - plain).abs()
     same = off.mean() <= .1*moved.mean() + 4*torch.finfo(model.dtype).eps*wanted.abs().mean() # a norm after the bias, or a factor, is off by about as much as steering moves
     return off.max().item(), moved.max().item(), bool(same)

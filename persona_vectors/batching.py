@@ -217,7 +217,7 @@ class Batcher:
         self.limit = getattr(text_config(self.model), 'max_position_embeddings', None) # Tokens of prompt and answer; None: the model does not say
         self.stops = stop_ids(self.model, self.tokenizer)
         self.steps = self.row_steps = 0 # Passes so far, and answers' tokens in them
-        self._rows:list[Job] = []; self._waiting:deque[Job] = deque(); self._shelf:Shelf|None = None; self._closing = self._now = False
+        self._rows:list[Job] = []; self._waiting:deque[Job] = deque(); self._beginning = 0; self._shelf:Shelf|None = None; self._closing = self._now = False
         self._memory:Memory|None = None # In place of a shelf, where there is but one row
         self._changed = Condition()
         self._thread = Thread(target=self._run, name='batcher', daemon=True); self._thread.start()
@@ -237,7 +237,7 @@ class Batcher:
         job = Job(asked, self.tokenizer)
         with self._changed:
             if self._closing: raise BatchFull('shutting down')
-            if self.waiting >= self.max_waiting and self.running + self.waiting >= self.max_rows: raise BatchFull(f'{self.waiting} answers are waited for already; try again later')
+            if self.waiting >= self.max_waiting and self.running + self._beginning + self.waiting >= self.max_rows: raise BatchFull(f'{self.waiting} answers are waited for already; try again later')
             self._waiting.append(job); self._changed.notify_all()
         return job
 
@@ -294,12 +294,12 @@ class Batcher:
     def _admit(self):
         "Take in those that wait, as long as there is room"
         while self._waiting and len(self._rows) < self.max_rows:
-            job = self._waiting.popleft()
+            self._beginning = 1; job = self._waiting.popleft()
             if job.cancelled: job.ended('cancelled')
             else:
                 try: self._begin(job)
                 except Exception as e: job.error = e; job.ended('failed'); log.error('%s: %s', type(e).__name__, e) # as in `_run`; the others go on
-            self._tell([job])
+            self._beginning = 0; self._tell([job])
 
     def _begin(self, job):
         "Compute a prompt alone, say the first token, and join the others"

@@ -14,6 +14,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from .models import lock_of
 from .answers import stance
 from .capping import Capping
 from .catalog import EVAL_QUESTIONS, SAFETY, Safety
@@ -181,7 +182,7 @@ class _Sweep:
         adds = [Add(_scaled(v, self.vector, self.unit), strengths(l, d), [l], self.where, 'norm' if self.unit == 'norm' else 'raw', self.norms) for l in layers for d,v in enumerate(directions)]
         chats = [conversation(q, self.system_prompt) for *_,q,_ in rows]
         with tqdm(total=4, desc=f'{len(rows)} answers at {len(doses)} doses, {len(layers)} layer(s)', unit='step', disable=not self.progress) as bar:
-            with steer(model, *adds): texts = generate_local(model, tokenizer, chats, samples=[k for *_,k in rows], batch_size=self.extractor.config.batch_size, **self.sampling)
+            with lock_of(model), steer(model, *adds): texts = generate_local(model, tokenizer, chats, samples=[k for *_,k in rows], batch_size=self.extractor.config.batch_size, **self.sampling)
             bar.update()
             shown, coherent = (self._scores(r, rows, texts) for r in (self.rubric, coherence_rubric())); bar.update()
             spoken = [[*c, dict(role='assistant', content=t)] for c,t in zip(chats, texts) if t]
@@ -327,7 +328,7 @@ class _Bench:
         "(answers, share of tokens that were moved)"
         say = lambda: generate_local(self.extractor.model, self.extractor.tokenizer, chats, **self.sampling)
         if cap is None: return say(), 0.
-        with steer(self.extractor.model, cap.intervention()) as audit: texts = say()
+        with lock_of(self.extractor.model), steer(self.extractor.model, cap.intervention()) as audit: texts = say()
         rows = audit.table()
         return texts, sum(r['share']*r['tokens'] for r in rows)/sum(r['tokens'] for r in rows)
 

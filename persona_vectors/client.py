@@ -148,7 +148,7 @@ class ApiClient:
         extra = found.model_extra or {}
         prices, cost = self.config.prices, getattr(usage, 'cost', None)
         if cost is None and prices and usage and None not in (usage.prompt_tokens, usage.completion_tokens): cost = (usage.prompt_tokens*prices[0] + usage.completion_tokens*prices[1])/1e6
-        return answer_of(_text(said.content), choices[0].finish_reason, getattr(said, 'reasoning', None) or getattr(said, 'reasoning_content', None), said.refusal, asked=model, served=found.model,
+        return answer_of(_text(said.content), choices[0].finish_reason, _text(getattr(said, 'reasoning', None) or getattr(said, 'reasoning_content', None)), _text(said.refusal), asked=model, served=found.model,
             provider=extra.get('provider'), quantization=extra.get('quantization'), prompt_tokens=usage and usage.prompt_tokens, completion_tokens=usage and usage.completion_tokens, cost=cost,
             logprobs=_logprobs(choices[0]), seconds=round(seconds, 3))
 
@@ -165,7 +165,7 @@ def _text(content):
 def _logprobs(choice):
     "Per token [(token, log-probability)], the chosen one first"
     if not (choice.logprobs and choice.logprobs.content): return None
-    return [[(t.token, t.logprob), *((o.token, o.logprob) for o in t.top_logprobs or () if o.token != t.token)] for t in choice.logprobs.content]
+    return [[(_text(t.token), t.logprob), *((_text(o.token), o.logprob) for o in t.top_logprobs or () if o.token != t.token)] for t in choice.logprobs.content]
 
 def _key(config):
     "The key for this address, or None for a server on this machine"

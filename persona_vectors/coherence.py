@@ -14,6 +14,7 @@ from typing import Any, Iterable, Sequence
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from .models import lock_of
 from .chat import Messages, encode_chat
 
 # %% ../nbs/05_coherence.ipynb #cell-06
@@ -73,7 +74,7 @@ def response_log_probs(
             batch = [order.pop() for _ in range(min(len(order), max(1, token_budget//width)))] # the longest first
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for k,i in enumerate(batch): ids[k, :len(rows[i][0])] = torch.tensor(rows[i][0]) # right padding needs no mask: causal rows never look ahead
-            logits = model(ids.to(model.device)).logits
+            with lock_of(model): logits = model(ids.to(model.device)).logits
             for k,i in enumerate(batch):
                 at = torch.tensor(rows[i][1])
                 log_p = logits[k, at - 1].float().log_softmax(-1)

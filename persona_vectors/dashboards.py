@@ -180,7 +180,7 @@ class SteeringPlayground(Panel):
         out, model = {}, self.batcher.model
         for pane,job in self.jobs.items():
             turn = Turn(prompt=list(job.asked.prompt)); ids = turn.prompt + list(job.said)
-            done = self.manners.interventions(job.asked.manner, turn.places(0, len(ids)))
+            with lock_of(model): done = self.manners.interventions(job.asked.manner, turn.places(0, len(ids)))
             if not done: continue
             with lock_of(model), torch.inference_mode(), steer(model, *done) as audit: model(torch.tensor([ids], device=model.device))
             out[pane] = audit

@@ -21,7 +21,7 @@ from .formats import save_persona_vectors
 from .extraction import ActivationExtractor
 from .generation import generate_local, generate_responses
 from .judging import reject, tiny_judge
-from .models import PERSONA_TINY, load_model
+from .models import PERSONA_TINY, load_model, lock_of
 from .canvas import save_figure
 from .plots import plot_cosine_matrix, plot_pca, plot_split_half
 from .responses import Responses, save_responses
@@ -58,7 +58,7 @@ def steered_answers(
     model, tokenizer = load_model(config)
     answers = {}
     for c in coefficients:
-        with steer(model, Add(vector, c, layer)): answers[c] = generate_local(model, tokenizer, [conversation(question)], max_tokens=config.max_tokens, temperature=0)[0]
+        with lock_of(model), steer(model, Add(vector, c, layer)): answers[c] = generate_local(model, tokenizer, [conversation(question)], max_tokens=config.max_tokens, temperature=0)[0]
     return answers
 
 def run_demo(

@@ -211,14 +211,14 @@ def stream_local(
     top_p:float=1., # As in `iter_batches`
     seed:int=0, # As in `iter_batches`
 )->Iterator[str]: # Pieces of text
-    "An answer as it is generated"
+    "An answer as it is generated, in a thread that holds `lock_of(model)`: whoever holds it here waits for ever"
     prompt = chat_prompt(tokenizer, messages)
     pieces, ended, faults = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), Event(), []
     sampling, _ = _sampling([prompt], len(prompt), max_tokens, temperature, top_p, [row_seed(seed, prompt)])
     def speak():
         ids = torch.tensor([prompt], device=model.device)
         try:
-            with torch.inference_mode(): model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=_pad_id(tokenizer), streamer=pieces, stopping_criteria=[_Until(ended)], **sampling)
+            with lock_of(model), torch.inference_mode(): model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=_pad_id(tokenizer), streamer=pieces, stopping_criteria=[_Until(ended)], **sampling)
         except BaseException as e: faults.append(e); pieces.end()
     speaker = Thread(target=speak, daemon=True); speaker.start()
     try: yield from (o for o in pieces if o)

@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .models import blocks, d_model
+from .models import blocks, d_model, lock_of
 from .passes import batch_of
 from .chat import SPOKEN, Messages, chat_prompt
 from .answers import split_thinking
@@ -94,7 +94,7 @@ def iter_generate_and_extract(
     again, extractor.metadata = [], {**extractor.settings(layers, include), 'examples': len(conversations), 'read_again': 0}
     batches = iter_batches(model, tokenizer, prompts, max_tokens=most + 1, **sampling)
     while True:
-        with _listening(model, tokenizer, layers) as listener: # only while the model speaks: whoever takes the answers may read with it meanwhile
+        with lock_of(model), _listening(model, tokenizer, layers) as listener: # only while the model speaks: whoever takes the answers may read with it meanwhile
             if (step := next(batches, None)) is None: break
             (batch, ids), (values, lengths) = step, listener.means()
         ids = ids[:, :most]

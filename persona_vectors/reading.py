@@ -131,7 +131,8 @@ class Reader:
         budget:int|None=None, # Tokens per batch, padding included; None means 1024 on the CPU, 16384 on a GPU
         share:bool=True, # Compute shared beginnings once; never done on a model that is being steered
     ):
-        self.model, self.layers, self.share = model, list(layers), share and not hooked_blocks(model)
+        with lock_of(model): hooked = hooked_blocks(model) # those of a server's pass in another thread are gone by then
+        self.model, self.layers, self.share = model, list(layers), share and not hooked
         self.budget = budget or (1024 if model.device.type == 'cpu' else 16384)
         self._takes = set(inspect.signature(model.forward).parameters)
 

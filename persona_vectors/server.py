@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .files import atomic_write
+from .models import lock_of
 from .settings import KEY
 from .chat import ChatError
 from .engine import Manner, Manners
@@ -97,7 +98,7 @@ class Service:
     ):
         self.manager, self.limits, self.manners = manager, limits, Manners(manager)
         self.base, self.fingerprint, self.started = manager.config.model.name, manager.model.fingerprint, int(time.time())
-        self.manners.norms, self.manners.guard # noqa: B018, made now, so that the first request need not wait
+        with lock_of(manager.model.model): self.manners.norms, self.manners.guard # noqa: B018, made now, so that the first request need not wait; the model's lock comes before that of a property
         self.ear = ear_of(manager)
         for name in manager.startup: manager.load(name)
         self._library = Lock() # one thread at a time reads the disk

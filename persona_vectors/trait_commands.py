@@ -84,7 +84,7 @@ def _layer_table(trait):
     stdout().print(f"[bold]{escape(trait.name)}[/]: {o['n_on']} answers with it, {o['n_off']} without, {o['questions']} questions, each held out in turn")
     rows = [dict(layer=r['layer'], AUC=f"{r['auc']:.3f}", **{'95%': _interval(*r['interval']), "d'": f"{r['d_prime']:.2f}"}, separation=f"{r['separation']:.2f}", random=f"{r['noise']:.2f}", **{_SAME: _over_chance(r['same_words_auc'], r['same_words_noise']) if 'same_words_auc' in r else ''}, best='<- best'*r['best']) for r in layer_rows(trait)]
     show(rows, columns=[k for k in rows[0] if k != _SAME or trait.same_text], mark=lambda r: r['best'])
-    nested = 'too few questions to choose a layer on the others' if isnan(o['nested_auc']) else f"layer chosen on the other questions: AUC {o['nested_auc']:.3f}, {_interval(o['nested_low'], o['nested_high'])}, {o['reading']}"
+    nested = 'too few answers to choose a layer on the other questions' if isnan(o['nested_auc']) else f"layer chosen on the other questions: AUC {o['nested_auc']:.3f}, {_interval(o['nested_low'], o['nested_high'])}, {o['reading']}"
     stdout().print(nested if len(rows) > 1 else f"layer {o['layer']}: {o['reading']}", soft_wrap=True)
 
 def _show_trait(trait, path, png, as_json):
@@ -134,6 +134,8 @@ def analyze(
 # %% ../nbs/16_trait_commands.ipynb #cell-17
 _BIG_FIVE = ('openness', 'conscientiousness', 'extraversion', 'agreeableness', 'neuroticism')
 
+def _nested(r): return {'AUC': '', '95%': ''} if isnan(r['nested_auc']) else {'AUC': f"{r['nested_auc']:.3f}", '95%': _interval(r['nested_low'], r['nested_high'])}
+
 def _compare(found, folder, png, as_json):
     "Several traits for people or for programs"
     from persona_vectors.trait_runs import compare_traits, trait_summary
@@ -141,7 +143,8 @@ def _compare(found, folder, png, as_json):
     rows = [trait_summary(t) for t in found.values()]
     files = [*(folder/f'{name}.npz' for name in found), *files]
     if as_json: show_json(dict(traits=rows, layer=layer, cosines=cosines, files=files)); return _tell(files, png)
-    show([dict(trait=r['trait'], layer=r['layer'], AUC=f"{r['nested_auc']:.3f}", **{'95%': _interval(r['nested_low'], r['nested_high']), 'random': f"{r['noise']:.2f}", "d'": f"{r['d_prime']:.2f}"}, **{_SAME: _over_chance(r['same_text_auc'], r['same_text_noise'])}, reading=r['reading']) for r in rows])
+    show([dict(trait=r['trait'], layer=r['layer'], **_nested(r), **{'random': f"{r['noise']:.2f}", "d'": f"{r['d_prime']:.2f}"}, **{_SAME: _over_chance(r['same_text_auc'], r['same_text_noise'])}, reading=r['reading']) for r in rows])
+    if any(isnan(r['nested_auc']) for r in rows): stdout().print('no AUC: too few answers to choose a layer on the other questions', soft_wrap=True)
     if len(rows) > 1:
         stdout().print(f'\n[bold]Cosines at layer {layer}[/]')
         show([{'trait': a, **{b:f'{c:+.2f}' for b,c in row.items()}} for a,row in cosines.items()])

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
+from .models import lock_of
 from .analysis import cosine_matrix
 from .catalog import EVAL_QUESTIONS, TRAITS, find_trait
 from .chat import Messages, conversation
@@ -176,7 +177,7 @@ def side_by_side(
     if empty := [p for p in prompts if not p.strip()]: raise ValueError(f'a prompt is empty: {empty[0]!r}')
     rows = [(p, float(s)) for p in prompts for s in strengths]
     add = Add(vector, [s for _,s in rows], [layer_for(vector, layer)], unit=unit or default_unit(vector), norms=norms)
-    with steer(extractor.model, add): texts = generate_local(extractor.model, extractor.tokenizer, [conversation(p, system_prompt) for p,_ in rows], samples=[0]*len(rows), max_tokens=max_tokens, temperature=temperature, seed=seed, batch_size=extractor.config.batch_size)
+    with lock_of(extractor.model), steer(extractor.model, add): texts = generate_local(extractor.model, extractor.tokenizer, [conversation(p, system_prompt) for p,_ in rows], samples=[0]*len(rows), max_tokens=max_tokens, temperature=temperature, seed=seed, batch_size=extractor.config.batch_size)
     return [dict(prompt=p, strength=s, text=t) for (p,s),t in zip(rows, texts)]
 
 # %% ../nbs/13_trait_runs.ipynb #cell-20

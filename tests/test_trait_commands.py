@@ -79,7 +79,7 @@ def test_extract_trait_as_json_takes_up_what_is_there(told, evil, traits):
 
 def test_two_questions_are_too_few_to_choose_a_layer(told, tmp_path):
     code, out, err = told("extract-trait", "--trait", "openness", "--n-samples", 2, "--out", tmp_path, "--no-png")
-    assert code == 0 and "<- best" in out and "too few questions to choose a layer on the others" in out, err
+    assert code == 0 and "<- best" in out and "too few answers to choose a layer on the other questions" in out, err
 
 def test_analyze(run, told, traits, extractor, tmp_path):
     import torch
