@@ -106,7 +106,7 @@ class SteeringPlayground(Panel):
         self.live = W.Checkbox(False, description='live', indent=False, layout=W.Layout(width='70px'))
         self.question = W.Text(question, description='question', style=dict(description_width='90px'), layout=W.Layout(width='98%'))
         self.temperature = W.FloatSlider(0., min=0, max=1.5, step=.1, description='temperature', continuous_update=False, **CONTROL)
-        self.max_tokens = W.IntSlider(max_tokens, min=8, max=max(max_tokens, min(512, (self.batcher.limit or 1024)//2)), step=8, description='max tokens', continuous_update=False, **CONTROL)
+        self.max_tokens = W.IntSlider(max_tokens, min=8, max=512, step=8, description='max tokens', continuous_update=False, **CONTROL)
         self.ask, self.stop, self.sweep = (W.Button(description=text, button_style=style, tooltip=tip) for text,style,tip in (('Ask', 'primary', 'Answer the question'), ('Stop', '', 'End what is being said'), ('Sweep', '', 'Eight strengths at once')))
         self.shown, self.figure, self.audit, self.code = W.HTML(), W.VBox([]), W.HTML(), W.HTML()
         super().__init__(self.question, W.HBox([self.persona, self.strength, self.safety]), self.blend, W.HBox([self.layers, W.HTML('<div style="width:90px;text-align:right;padding-right:8px">steer tokens</div>'), self.where]), W.HBox([self.temperature, self.max_tokens]), W.HBox([self.ask, self.stop, self.sweep, self.live]), self.shown, self.audit, self.figure, self.code)

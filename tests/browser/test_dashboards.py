@@ -201,7 +201,7 @@ def test_SteeringPlayground_steers(panel, notebook, request):
 
 def test_SteeringPlayground_stops(panel, notebook):
     panel.choice("persona").select_option("trickster"); panel.type("strength", 1.5); panel.press("max tokens", "End")
-    assert (panel.readout("strength"), panel.readout("max tokens")) == ("1.50", "256")
+    assert (panel.readout("strength"), panel.readout("max tokens")) == ("1.50", "512")
     panel.button("Ask").click()
     shows(panel, "ask for at most 505") # a fault that a user can mend is told, and how
     panel.type("max tokens", 480)
