@@ -7,7 +7,7 @@ __all__ = ['INK', 'SOFT', 'FAINT', 'GRID', 'BAND', 'PAPER', 'GROUP_COLORS', 'HAZ
            'BELOW', 'log', 'canvas', 'spread', 'place_labels', 'name_points', 'restyle', 'save_figure']
 
 # %% ../nbs/11_canvas.ipynb #cell-03
-import base64, logging, textwrap
+import asyncio, base64, logging, textwrap
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np
@@ -186,7 +186,7 @@ def save_figure(
     with atomic_write(written[0], 'w') as f: f.write(fig.to_html(include_plotlyjs=True, full_html=True))
     if png:
         try: data = fig.to_image('png', scale=2)
-        except (ImportError, RuntimeError, ValueError) as e: log.info("no PNG (%s); for PNG files: pip install 'persona-steer[png]' and Chrome or Chromium", str(e).splitlines()[0])
+        except (ImportError, RuntimeError, ValueError, OSError, asyncio.TimeoutError) as e: log.info("no PNG (%s); for PNG files: pip install 'persona-steer[png]' and Chrome or Chromium", (str(e) or type(e).__name__).splitlines()[0])
         else:
             written.append(Path(f'{stem}.png'))
             with atomic_write(written[1]) as f: f.write(data)

@@ -173,6 +173,7 @@ class Manners:
             try: layers = [resolve_layer(l, self.manager.model.n_layers) for l in layers]
             except (ValueError, TypeError) as e: raise PersonaError(f'layers={str(layers)[:60]}: {e}') from None
         found = self.manager.layers if layers is None else list(dict.fromkeys(layers))
+        if not found: raise PersonaError('layers=[]: name at least one, or leave it out')
         if missing := [l for l in found if l not in persona.layers]: raise PersonaError(f'{persona.name}: has no layer {missing[0]}, where personas are added; set extraction.target_layers to some of {", ".join(map(str, persona.layers))}')
         try: require_model(persona.vector, self.model)
         except VectorError as e: raise PersonaError(f'{persona.name}: {e}') from None

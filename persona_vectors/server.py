@@ -29,6 +29,7 @@ from .settings import KEY
 from .chat import ChatError
 from .engine import Manner, Manners
 from .personas import PersonaError, PersonaManager, as_manager
+from .project import entries
 from .batching import Asked, Batcher, BatchFull, Job, asked_of, ear_of
 from .protocol import DONE, ApiError, ChatRequest, CompletionRequest, Reply, event, parse_model, parse_request, usage_of
 
@@ -217,7 +218,7 @@ class Service:
 
     def personas(self)->list[dict]: # JSON-serialisable
         "Name, description, whether it is in memory"
-        with self._library: return [dict(name=n, description=self.manager.info(n)['description'], loaded=n in self.manager.loaded) for n in self.manager.list()]
+        with self._library: return [dict(name=e['name'], description=e['description'] or '', loaded=e['name'] in self.manager.loaded) for e in entries(self.manager.config.data_dir)]
 
     def load(self, name:str)->None: # Raises ApiError
         try:

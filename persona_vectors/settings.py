@@ -203,6 +203,7 @@ def get_config(
         name = said.get(key[:2], said.get(key[:1], next((n for k,n in said.items() if k[:1] == key[:1]), 'get_config')))
         return f"{name} {PREFIX}{'__'.join(key[:2]).upper()}" if name == 'environment variable' else name
     project = file.parent if file and file.parent != user_config_path(APP, False) else Path()
+    if wrong := next((k for k in said if k[0] == 'data_dir' and len(k) > 1), None): raise SettingsError(f"{said[wrong]}: there is no {'.'.join(wrong)!r}; data_dir is one folder: write data_dir: FOLDER")
     flat = {('data_dir',): None, **{k:v for _,part in parts for k,v in part.items()}}
     given = flat['data_dir',]
     if given is None: flat['data_dir',] = _default_folder(project.absolute())

@@ -6,9 +6,9 @@
 __all__ = ['Picture', 'token_map', 'side_by_side']
 
 # %% ../nbs/13_tokenmaps.ipynb #cell-03
-import html
+import html, math
 from dataclasses import dataclass, field
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 from plotly.colors import sample_colorscale
 from .canvas import DIVERGING, GROUP_COLORS
 
@@ -35,6 +35,8 @@ def token_map(
 )->Picture: # With a legend below
     "A text, token by token"
     if len(tokens) != len(values): raise ValueError(f'{len(tokens)} tokens, but {len(values)} values')
+    values = [float(v) for v in values] # of a tensor too
+    if not all(map(math.isfinite, values)): raise ValueError('values are NaN or infinite; read them again')
     scale = scale or float(max((abs(v - center) for v in values), default=0)) or 1.
     ramp = ', '.join(c for _,c in DIVERGING)
     legend = f'<div style="font-size:11px;margin-top:6px;opacity:.8">{html.escape(label)}: {center - scale:+.2f} <span style="display:inline-block;width:90px;height:9px;vertical-align:middle;background:linear-gradient(90deg,{ramp})"></span> {center + scale:+.2f}</div>'
@@ -42,10 +44,10 @@ def token_map(
 
 # %% ../nbs/13_tokenmaps.ipynb #cell-12
 def side_by_side(
-    answers:Mapping[str, str|Picture], # {title: text, or a map of it}
+    answers:Mapping[Any, str|Picture], # {title, or a strength: text, or a map of it}
     width:int=220, # Least width of a column, in pixels; where there is no room they go below each other
 )->Picture:
     "Answers in columns"
     body = lambda a: a.html if isinstance(a, Picture) else f'<div style="line-height:1.75;white-space:pre-wrap">{html.escape(a)}</div>'
-    column = lambda title, a: f'<div style="border-top:3px solid {GROUP_COLORS[0]};padding:6px 2px"><div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div>{body(a)}</div>'
+    column = lambda title, a: f'<div style="border-top:3px solid {GROUP_COLORS[0]};padding:6px 2px"><div style="font-weight:600;margin-bottom:4px">{html.escape(str(title))}</div>{body(a)}</div>'
     return Picture(f'<div style="display:grid;gap:18px;grid-template-columns:repeat(auto-fit,minmax({width}px,1fr));text-align:left">{"".join(column(*o) for o in answers.items())}</div>')

@@ -217,6 +217,14 @@ def test_personas_are_loaded_and_unloaded(server):
     assert post("sage/unload").json() == dict(name="sage", loaded=False) and "sage" not in loaded()
     for path in ("sage/unload", "nobody/load", "nobody/unload", "..%2Fx/load"): assert is_error(post(path)) == 404, path
 
+def test_a_damaged_file_does_not_hide_the_others(server):
+    bad = server.folder / "vectors/personas/odd.safetensors"; bad.write_bytes(b"nothing")
+    try: assert {"sage", "trickster", "odd"} <= {m.id for m in server.client.models.list()} and server.http.get("/v1/models/sage").status_code == 200
+    finally: bad.unlink()
+
+def test_no_layer_at_all_is_refused(server):
+    with pytest.raises(BadRequestError, match="name at least one"): server.ask(extra_body=dict(layers=[]))
+
 def test_the_gauge(server):
     r = server.ask(extra_body=dict(gauge=True), max_tokens=12)
     assert r.gauge["tokens"] == 11 and r.gauge["low"] < r.gauge["high"] and isinstance(r.gauge["value"], float) and r.gauge["layer"] < 8
