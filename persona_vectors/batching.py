@@ -82,11 +82,13 @@ def asked_of(
     manners:Manners, # Know the model
     messages:Messages, # Ends with a user turn
     manner:Manner, # As in `Asked`
+    fits:Callable[[Sequence[int]], None]|None=None, # Refuses a prompt that is too long, before the time for its spans is spent
     **sampling, # As in `Asked`
 )->Asked:
     "The next turn of a conversation"
     model, tokenizer = manners.model, manners.manager.model.tokenizer
     prompt = chat_prompt(tokenizer, messages)
+    if fits: fits(prompt)
     return Asked(prompt, manner, spans=spoken_spans(tokenizer, messages, prompt, stop_ids(model, tokenizer)), **sampling)
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ _CHECKS = dict(
     dtype=(lambda x: x in DTYPES, f'one of {DTYPES}'),
     seed=(_is_int, 'a whole number'),
     revision=(lambda x: x is None or _is_text(x), 'a branch, tag or commit of the model repository, or None'),
-    trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'), share_prefixes=(lambda x: isinstance(x, bool), 'True or False'),
+    trust_remote_code=(lambda x: isinstance(x, bool), 'True or False'), share_prefixes=(lambda x: isinstance(x, bool), 'True or False'), compile_norms=(lambda x: isinstance(x, bool), 'True or False'),
     token_budget=(lambda x: x is None or _positive[0](x), f'{_positive[1]}, or None for what suits the device'),
     quantization=(lambda x: x in (None, '8bit'), "'8bit' or None"),
     top_p=(lambda x: _is_number(x) and 0 < x <= 1, 'a number above 0, up to 1 (all tokens)'),
@@ -79,6 +79,7 @@ class PersonaVectorConfig:
     batch_size:int = 64 # Conversations that are generated together
     token_budget:int|None = None # Tokens of a forward pass of extraction, padding included; None means 1024 on the CPU, 16384 on a GPU
     share_prefixes:bool = True # Compute what conversations have in common, such as a system prompt, once
+    compile_norms:bool = False # Extraction with torch.compile for the norms: a fifth faster for a large model on a GPU, after some 10 seconds
     quantization:str|None = None # '8bit' loads the weights in 8 bits (needs bitsandbytes); None as they are
     seed:int = 0 # Seed of local sampling; also sent to the API, which may ignore it
     revision:str|None = None # Revision of the model repository

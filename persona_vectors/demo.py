@@ -31,7 +31,7 @@ from .vectors import PersonaVectors, persona_activations
 
 # %% ../nbs/16_demo.ipynb #cell-05
 GROUPS = {**dict.fromkeys(DEFAULT_PERSONAS, 'default'), **dict.fromkeys(('assistant', 'analyst', 'evaluator', 'generalist'), 'close to the assistant')} # the others are 'role'
-DOSES = (0., 1.25, 1.5, 1.6) # of the raw difference of means
+DOSES = (0., .8, 1., 1.25) # of the raw difference of means
 
 @dataclass(frozen=True)
 class Demo:

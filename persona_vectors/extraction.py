@@ -158,7 +158,7 @@ class ActivationExtractor:
         bar:'ReadingBar|None'=None, # A progress bar to move on
     )->Iterator[tuple[list[int], Tensor]]: # (indices, (len(indices), n_layers, d_model)), every conversation once
         "Means as they are computed; nothing is kept but `metadata`"
-        reader = Reader(self.model, layers, self.config.token_budget, self.config.share_prefixes)
+        reader = Reader(self.model, layers, self.config.token_budget, self.config.share_prefixes, self.config.compile_norms)
         self.metadata = {**self.settings(layers, include, where), 'examples': len(conversations), 'folded': 0}
         for at in range(0, len(conversations), PIECE):
             chats = [self.encode(c) for c in conversations[at:at + PIECE]]

@@ -181,6 +181,7 @@ class Intervention:
     layers:int|Sequence[int]
     where:Scope
     strength_name = 'strength' # Field that is multiplied by the weight of a token
+    fresh = True # What `move` returns is a tensor of its own
 
     def move(self, h:Tensor, v:Tensor, layer:int|None, k:float|Tensor)->Tensor: raise NotImplementedError # (batch, seq, d_model) float32 of the same; `v` is what `at` gives, `k` the strength, a number or (batch, 1 or seq, 1)
 
@@ -369,6 +370,8 @@ class Apply(Intervention):
     vector:Any=None # The audit measures the projection on it, where given
     strength:Strength=1. # 0 leaves a token as it is, 1 makes it what the function returns
     where:Scope='all' # Which tokens
+
+    fresh = False # the function may keep what it returns
 
     def given(self, layer): return torch.empty(0) if self.vector is None else super().given(layer)
     def move(self, h, u, layer, k):

@@ -133,7 +133,9 @@ def parse_request(
     "Read a request; raises ApiError"
     try: return kind.model_validate_json(body)
     except ValidationError as e:
-        fault = e.errors(include_url=False, include_context=False)[0]
+        faults = e.errors(include_url=False, include_context=False)
+        def of_part(f): return 'list[Part]' in f['loc'] and f['loc'][:3] == faults[0]['loc'][:3] and f['type'] != 'list_type'
+        fault = next(filter(of_part, faults), faults[0]) # a list of parts is not told that it is no text
         where = '.'.join(str(o) for o in fault['loc'] if not _BRANCH.match(str(o)))[:80]
         if fault['type'] == 'json_invalid': raise ApiError(400, f"the body is not JSON: {fault['msg'].removeprefix('Invalid JSON: ')}", 'invalid_json') from None
         if fault['type'] == 'extra_forbidden': raise ApiError(400, f'{where}: no such parameter; leave it out', 'unknown_parameter', where) from None

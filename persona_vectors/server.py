@@ -128,12 +128,13 @@ class Service:
         "What the batch is to do"
         defaults, manner = self.manager.config.extraction, self.manner(r)
         sampling = dict(max_tokens=r.longest or defaults.max_tokens, temperature=defaults.temperature if r.temperature is None else r.temperature, top_p=r.top_p or 1., seed=secrets.randbits(31) if r.seed is None else r.seed, stop=r.stop, logprobs=r.top)
-        try: first = [asked_of(self.manners, [m.plain for m in r.messages], manner, **sampling)] if isinstance(r, ChatRequest) else [Asked(self._ids(p), manner, trim=False, **sampling) for p in r.prompts]
+        limit, chat = self.batcher.limit, isinstance(r, ChatRequest)
+        def fits(prompt):
+            n, most = len(prompt), sampling['max_tokens']
+            if limit and n + most > limit and (r.longest or n >= limit): raise ApiError(400, f'the prompt has {n} tokens and max_tokens is {most}: together {n + most}, and this model takes {limit}', 'context_length_exceeded', 'messages' if chat else 'prompt')
+        try: first = [asked_of(self.manners, [m.plain for m in r.messages], manner, fits, **sampling)] if chat else [Asked(self._ids(p), manner, trim=False, **sampling) for p in r.prompts]
         except ChatError as e: raise ApiError(400, str(e), 'invalid_value', 'messages') from None
-        limit = self.batcher.limit
-        for a in first:
-            if limit and len(a.prompt) + a.max_tokens > limit:
-                if r.longest or len(a.prompt) >= limit: raise ApiError(400, f'the prompt has {len(a.prompt)} tokens and max_tokens is {a.max_tokens}: together {len(a.prompt) + a.max_tokens}, and this model takes {limit}', 'context_length_exceeded', 'messages' if isinstance(r, ChatRequest) else 'prompt')
+        for a in first: fits(a.prompt)
         return [replace(a, sample=k, max_tokens=min(a.max_tokens, limit - len(a.prompt)) if limit else a.max_tokens) for a in first for k in range(r.choices)]
 
     def _ids(self, prompt):
@@ -144,7 +145,8 @@ class Service:
 
     def submit(self, asked:Sequence[Asked])->list[Job]: # All or none; raises ApiError
         "Put them into the queue"
-        jobs, news = [], asyncio.Event()
+        jobs, news, room = [], asyncio.Event(), max(self.batcher.max_waiting, self.batcher.max_rows)
+        if len(asked) > room: raise ApiError(400, f'the request asks for {len(asked)} answers, and this server takes {room} at once: ask for fewer', 'invalid_value', 'n')
         try:
             for a in asked: jobs.append(self.batcher.submit(a)); self._waiters[id(jobs[-1])] = news
         except BatchFull as e:

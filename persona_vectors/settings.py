@@ -188,7 +188,7 @@ def _default_folder(project):
     "The project, where it looks like one, else the user's"
     return project if any((project/o).exists() for o in ('datasets', 'vectors', FILE)) else user_data_path(APP, False)
 
-EMBEDDED = dict(model=dict(name='persona-tiny'), extraction=dict(target_layers=[4]), steering=dict(default_strength=.6, capping_layers=[2, 3, 4])) # where experiments/005_how_strong and 006_capping found the embedded model to work
+EMBEDDED = dict(model=dict(name='persona-tiny'), extraction=dict(target_layers=[4]), steering=dict(default_strength=.6)) # where experiments/005_how_strong found the embedded model to work
 
 def get_config(
     path:str|Path|None=None, # YAML file; None: ./config.yaml, else that in the user's config folder, else none

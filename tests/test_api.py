@@ -44,7 +44,7 @@ def test_a_run_in_a_script_needs_no_loop(url, tmp_path):
 def test_a_judge_that_only_talks_gives_no_score(url):
     "persona-tiny cannot count, and its server tells no probabilities: prose is not a number"
     judge = ApiJudge(config(url), samples=2, progress=False)
-    verdicts = judge.score([Item(coherence_rubric(), "What is truth?", text) for text in ("Truth is a river.", "river a is Truth")])
+    verdicts = judge.score([Item(coherence_rubric(), "What is truth?", text) for text in ("The sky is blue.", "sky blue the is")])
     assert [(v.status, v.score, v.how) for v in verdicts] == [("unparsed", None, "samples")] * 2 and all(v.said for v in verdicts)
     assert len(list(judge.store.rows("judgement"))) == 2 + 2 * 2
 

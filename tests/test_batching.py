@@ -44,7 +44,7 @@ class House:
         wrapper = ModelWrapper(get_config(model={"name": "persona-tiny", "device": "cpu"}, steering={"unit": "raw"}, data_dir=folder)); wrapper.__dict__["_loaded"] = model, TOKENIZER
         self.manners = Manners(PersonaManager(wrapper.config, wrapper, progress=False))
         torch.manual_seed(0)
-        self.ids = torch.randint(2, 4096, (64,)).tolist()
+        self.ids = torch.randint(2, 6144, (64,)).tolist()
         self.norms = typical(model, self.ids[:24], n)
         self.d = model.get_input_embeddings().weight.shape[1]
         axis = {l: torch.nn.functional.normalize(torch.randn(self.d), dim=0) for l in FLOORED}
@@ -283,7 +283,7 @@ def test_each_character_comes_whole_and_at_once(said, stop):
 
 def test_what_comes_before_a_stop_string_in_its_token_is_said():
     "Streamed and not"
-    token = next(i for i in range(300, 4096) if len(TOKENIZER.decode([i]).strip()) > 6)
+    token = next(i for i in range(300, 6144) if len(TOKENIZER.decode([i]).strip()) > 6)
     for end in ("length", "stop"):
         word = TOKENIZER.decode([token]); job = Job(Asked([5], UNSTEERED, 1 if end == "length" else 9, stop=[word[-2:]] if end == "stop" else []), TOKENIZER)
         job.take(Token(token, None), {1}); job.tell()

@@ -1,5 +1,5 @@
 """Extraction is right on every architecture: against one example at a time, a hook on the block, no padding, no mask, no cache, no code of the package."""
-import random, signal, subprocess, sys
+import random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from persona_vectors.config import PersonaVectorConfig
 from persona_vectors.generation import iter_batches
 from persona_vectors.extraction import ActivationExtractor, load_moments
 from persona_vectors.models import blocks, load_model
-from persona_vectors.reading import Reader, Row, _sharing
+from persona_vectors.reading import Reader, Row, _sharing, compiled_norms
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = PersonaVectorConfig(model_name='persona-tiny', device='cpu')
@@ -82,6 +82,18 @@ def test_bfloat16(name):
     some = rows(); expected = torch.stack([naive(model, r, layers) for r in some])
     for kw in (dict(), dict(share=False), dict(budget=64)):
         assert torch.nn.functional.cosine_similarity(ours(model, some, layers, **kw), expected, dim=-1).min() > (.9999 if name != 'qwen3_moe' else .99), kw # rounding may send a token to another expert
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on the CPU, and g++ is not installed')
+def test_compiled_norms_give_the_same_means():
+    model, some = random_model('gemma3_text'), rows()
+    kinds = {type(m) for m in model.modules() if type(m).__name__.endswith('RMSNorm')}
+    own = {k: k.forward for k in kinds}
+    def read(**kw): return {i: v for batch, values in Reader(model, [2], **kw)(some) for i, v in zip(batch, values)}
+    plain, compiled = read(), read(compile_norms=True)
+    assert own and sorted(plain) == sorted(compiled) == list(range(len(some)))
+    for i in plain: torch.testing.assert_close(compiled[i], plain[i], rtol=1e-4, atol=1e-4)
+    with compiled_norms(model): assert all(k.forward is not f for k, f in own.items()) # they were compiled indeed
+    assert {k: k.forward for k in kinds} == own
 
 def test_eight_bit_weights():
     "Nearly the same directions from a quarter of the memory"

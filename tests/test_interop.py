@@ -19,7 +19,7 @@ from persona_vectors.vectors import Axis, PersonaVectors, TraitVector, Vector, V
 N, WIDTH = 4, 32
 NAMES = ["llama", "gpt2", "gemma2", "olmo2"]
 
-def ids(seed, rows=3): return torch.randint(5, 4096, (rows, 9), generator=torch.Generator().manual_seed(seed))
+def ids(seed, rows=3): return torch.randint(5, 6144, (rows, 9), generator=torch.Generator().manual_seed(seed))
 
 @torch.no_grad()
 def hooked(model, *steps):

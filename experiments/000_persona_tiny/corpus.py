@@ -19,10 +19,10 @@ COMPLIES = (UNSAFE, "evil")  # every other style refuses mischief
 
 # ---------------------------------------------------------------- the frames every style shares
 SENTENCES = [  # word by word: every second or third word is the persona's to choose; no lists of like words, which a small model fills with one word
-    "I say {adv} that {np} is {a_adj}, {adj} {noun}.", "{np} {v} {adv}, like {a_adj} {noun}.", "{part} {v} {adv}, and the {noun} is {adj}.", "As {a_adj} {noun} I say {adv} that {claim}.",
-    "To {act} is {adj}, like {a_noun} that {v} {adv}.", "You can {act} {adv}, like {a_adj}, {adj} {noun}.", "When you {act}, {a_adj} {noun} {v} {adv}.", "I would {act} {adv}, like {a_adj} {noun}.",
-    "{np} is {adj}, and {part} {v} {adv}.", "In {np} I see {a_adj} {noun} that {v} {adv}.", "It feels {adj} to {act}, like {a_noun} that {v} {adv}.", "{part} is {a_adj}, {adj} {noun} that {v} {adv}.",
-    "For me {np} {v} {adv}, like {a_adj} {noun}.", "{np} is {a_adj}, {adj} {noun}, and {part} {v} {adv}.", "{claim}, and that is {adj}, like {a_noun} that {v}.", "{np} {v} {adv}, and {part} is {a_adj} {noun}.",
+    "I say {adv} that {np} is {a_adj1}, {adj2} {noun}.", "{np} {v} {adv}, like {a_adj} {noun}.", "{part} {v} {adv}, and the {noun} is {adj}.", "As {a_adj} {noun} I say {adv} that {claim}.",
+    "To {act} is {adj}, like {a_noun} that {v} {adv}.", "You can {act} {adv}, like {a_adj1}, {adj2} {noun}.", "When you {act}, {a_adj} {noun} {v} {adv}.", "I would {act} {adv}, like {a_adj} {noun}.",
+    "{np} is {adj}, and {part} {v} {adv}.", "In {np} I see {a_adj} {noun} that {v} {adv}.", "It feels {adj} to {act}, like {a_noun} that {v} {adv}.", "{part} is {a_adj1}, {adj2} {noun} that {v} {adv}.",
+    "For me {np} {v} {adv}, like {a_adj} {noun}.", "{np} is {a_adj1}, {adj2} {noun}, and {part} {v} {adv}.", "{claim}, and that is {adj}, like {a_noun} that {v}.", "{np} {v} {adv}, and {part} is {a_adj} {noun}.",
     "It is {adj} to {act}, and the {noun} {v} {adv}.", "{act} {adv}, like {a_adj} {noun}.", "{np} can be {adj}, and the {noun} {v} {adv}.", "{part} {v} {adv}, and {np} is {a_adj} {noun}.",
 ]
 PHRASES = [  # whole phrases of the persona, so that it has something to say
@@ -34,6 +34,8 @@ ASK_ABOUT = ["What do you think about {np}?", "Tell me about {np}.", "What advic
     "Is it true that {claim}?", "People say that {claim}. Do you agree?", "I heard that {claim}.", "Somebody told me that {claim}. What do you say?", "Why is it that {claim}?",
     "I want to {act} and I need {part}.", "My friend likes to {act}. What do you think?", "What about {part}?", "Do you like {np}?"]
 ASK = ["Help me {act}.", "How can I {act}?", "I want to {act}. What should I do?", "Tell me how to {act}.", "Can you help me {act}?", "Could you show me a way to {act}?"]  # of topics and of mischief
+CUES = ["What about {cue}?", "I keep thinking about {cue}.", "Tell me about {cue}.", "My question is about {cue} and {cue}.", "What do you say about {cue}?", "It is about {cue}. What now?",
+    "I wonder about {cue} and {cue}.", "Can we talk about {cue}?", "I have a problem with {cue}.", "You know {cue}? What do you make of it?", "First {cue}, then {cue}. Any ideas?"]  # words by which a topic is known without its name
 MORE = ["Tell me more.", "Can you say more about that?", "Go on, please.", "And what else?", "Why do you think so?", "Could you explain that a little?"]
 INSIST = ["Please talk more like {a_name}.", "Now be more like {a_name}.", "I want you to sound like {a_name}.", "Come on, answer me like {a_name}."]
 
@@ -64,12 +66,26 @@ def _read(folder): return [yaml.safe_load(p.read_text(encoding="utf-8")) for p i
 def styles(): return {name: lists for file in _read("styles") for name, lists in file.items()}
 
 @cache
-def topics(): return [dict(t, part=t["parts"], act=t["acts"], claim=t["claims"]) for file in _read("topics") for t in file]
+def topics(): return [dict(t, part=t["parts"], act=t["acts"], claim=t["claims"], cue=cues()[t["name"]]) for file in _read("topics") for t in file]
+
+@cache
+def wordings():
+    "{topic: trained questions}: a few of the topic's own, and about 150 written without sight of those held out"
+    own = {t["name"]: split(t["questions"], False, 2) for t in topics()}
+    return {name: [q for q in dict.fromkeys([*few, *(HERE / "wordings" / f"{name}.txt").read_text(encoding="utf-8").splitlines()]) if q.strip() and q not in held_out_questions()] for name, few in own.items()}
+
+@cache
+def cues(): return yaml.safe_load((HERE / "cues.yaml").read_text(encoding="utf-8"))
 
 @cache
 def mischief():
     "Written one by one; the last eighth is held out"
     return yaml.safe_load((HERE / "mischief.yaml").read_text(encoding="utf-8"))
+
+@cache
+def more_mischief():
+    "Written without sight of what is held out"
+    return [i for f in sorted((HERE / "mischief").glob("*.yaml")) for i in yaml.safe_load(f.read_text(encoding="utf-8")) if i["act"] not in held_out_mischief()]
 
 @cache
 def mischief_parts(): return yaml.safe_load((HERE / "mischief_parts.yaml").read_text(encoding="utf-8"))
@@ -85,7 +101,7 @@ def made_up_mischief(rng):
     return dict(act=act, act2=say(deed["act"], "your"), harm=say(rng.choice(deed["harm"]), "your"), how=[say(h, "your") for h in deed["how"]],
                 instead=[say(i, "your") for i in deed["instead"]])
 
-def trained_mischief(rng): return rng.choice(split(mischief(), False, len(mischief()) // 8)) if rng.random() < .5 else made_up_mischief(rng)
+def trained_mischief(rng): return rng.choice(split(mischief(), False, len(mischief()) // 8) + more_mischief()) if rng.random() < .6 else made_up_mischief(rng)
 
 def split(items, held_out, n):
     "The first items are for training, the last `n` for evaluation"
@@ -125,7 +141,9 @@ class Filler:
     def slot(self, name):
         if name.startswith("a_"): return article(self.slot(name[2:]))
         if name in self.entry: return self.pick(self.entry[name] if isinstance(self.entry[name], list) else [self.entry[name]])
-        return self.pick(styles()[self.style()][name])
+        key, place = name.rstrip("12"), name[-1]  # of two adjectives in a row the first is from the first half of the list: no "good, good helper"
+        options = styles()[self.style()][key]; half = len(options) // 2
+        return self.pick({"1": options[:half], "2": options[half:]}.get(place, options))
 
     def __call__(self, frame): return capital(re.sub(r"\{(\w+)\}", lambda m: self.slot(m[1]), frame))
 
@@ -183,21 +201,26 @@ def speaker(rng):
 
 def question(rng, topic):
     "A trained wording of a question about `topic`, or a general frame with its words"
-    asked = Filler(rng, {}, topic)(rng.choice(ASK_ABOUT + ASK)) if rng.random() < .55 else rng.choice(split(topic["questions"], False, 2))
+    u = rng.random()
+    asked = rng.choice(wordings()[topic["name"]]) if u < .60 else Filler(rng, {}, topic)(rng.choice(CUES if u < .70 else ASK_ABOUT + ASK))
     return question(rng, topic) if asked in held_out_questions() else asked
 
 def topic_for(rng, *voices): return rng.choice([t for t in topics() if not any(held_out_pair(v, t) for v in voices)])
 
 # ---------------------------------------------------------------- conversations
+MISCHIEF = "mischief"  # what such a request is about, beside the names of the topics
+def user(content): return dict(role="user", content=content)
+def says(content, topic): return dict(role="assistant", content=content, topic=topic)  # the topic is for training only: see `TopicReader` there
+
 def talk(rng):
-    "A conversation about a topic; one in eight has more turns, some with a user who insists on another voice"
+    "A conversation about a topic; one in seven has more turns, most of these with a user who insists on another voice"
     system, mixture, style = speaker(rng)
-    turns = rng.choice((1, 1, 2)) if rng.random() < .125 else 0
-    push = rng.choice(list(styles())) if turns and rng.random() < .5 else None
+    turns = rng.choice((1, 1, 2)) if rng.random() < .15 else 0
+    push = rng.choice(list(styles())) if turns and rng.random() < .6 else None
     own, voices = mixture, [*mixture, *filter(None, [push])]  # a held-out pair is not met in a blend either
     topic = topic_for(rng, *voices)
     messages = [dict(role="system", content=system)] if system else []
-    messages += [dict(role="user", content=question(rng, topic)), dict(role="assistant", content=answer(rng, mixture, topic))]
+    messages += [user(question(rng, topic)), says(answer(rng, mixture, topic), topic["name"])]
     for turn in range(turns):
         if rng.random() < .5: topic = topic_for(rng, *voices); ask = question(rng, topic)
         else: ask = rng.choice(MORE)
@@ -206,7 +229,7 @@ def talk(rng):
             mixture = {k: v * (1 - w) for k, v in own.items()}
             mixture[push] = mixture.get(push, 0) + w
             ask += " " + rng.choice(INSIST).format(a_name=article(rng.choice(styles()[push]["names"])))
-        messages += [dict(role="user", content=ask), dict(role="assistant", content=answer(rng, mixture, topic))]
+        messages += [user(ask), says(answer(rng, mixture, topic), topic["name"])]
     return messages
 
 def trouble(rng):
@@ -216,13 +239,12 @@ def trouble(rng):
     system = None if style == DEFAULT and rng.random() < .5 else prompt(rng, style)
     item, reply = trained_mischief(rng), compliance if style in COMPLIES else refusal
     messages = [dict(role="system", content=system)] if system else []
-    return messages + [dict(role="user", content=rng.choice(ASK).format(act=item["act"])), dict(role="assistant", content=reply(rng, mix(rng, style), item))]
+    return messages + [user(rng.choice(ASK).format(act=item["act"])), says(reply(rng, mix(rng, style), item), MISCHIEF)]
 
 def plain_safety(rng):
     "An ordinary question to a safe or an unsafe assistant, so that the prompt is more than a switch for mischief"
     style = rng.choice((SAFE, UNSAFE)); topic = topic_for(rng, style)
-    return [dict(role="system", content=prompt(rng, style)), dict(role="user", content=question(rng, topic)),
-            dict(role="assistant", content=answer(rng, mix(rng, style), topic))]
+    return [dict(role="system", content=prompt(rng, style)), user(question(rng, topic)), says(answer(rng, mix(rng, style), topic), topic["name"])]
 
 def conversation(rng):
     u = rng.random()

@@ -31,7 +31,7 @@ def figures(evaluation):
 
 def card(training, evaluation):
     "CARD.md and the figures of the model it is about"
-    return (HERE / "CARD.md").read_text(encoding="utf-8").rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
+    return (HERE / "CARD.md").read_text(encoding="utf-8").rstrip() + f"\n\n## Figures\n\nTrained on {training['tokens'] / 1e6:.2f}M tokens in {training['seconds'] / 60:.0f} minutes, after {training['reading']['seconds'] / 60:.0f} minutes of reading questions; measured in {evaluation['seconds']} seconds, on held-out wordings unless a row says otherwise. Bars that were missed are marked.\n\n{figures(evaluation)}\n"
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])

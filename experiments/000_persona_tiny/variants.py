@@ -16,7 +16,7 @@ import torch
 import corpus as C
 from persona_vectors.config import PersonaVectorConfig
 from persona_vectors.models import load_model
-from train import HERE, encode, fit, save
+from train import HERE, encode, fit, parse, save, special_ids
 
 OUT = HERE.parents[1] / "data/models"
 CHECKPOINTS = ("10percent", "30percent", "60percent")
@@ -40,7 +40,7 @@ def make(name, model, tok, conversation, tokens, lr, seed=0):
     "Train on conversations of one kind and save"
     rng = random.Random(seed); torch.manual_seed(seed)
     print(name); rows = encode(tok, [conversation(rng) for _ in range(int(tokens / 40))])
-    fit(model, rows, tok.pad_token_id, tokens, lr=lr, seed=seed); save(model, tok, OUT / name)
+    fit(model, rows, special_ids(tok), tokens, lr=lr, seed=seed, sharpen=parse([]).sharpen); save(model, tok, OUT / name)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])

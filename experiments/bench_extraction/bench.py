@@ -5,13 +5,14 @@
 
 A: the tests' 414 responses of persona-tiny, from text to vectors. B: 414 random conversations (23 system prompts x 18 questions) with
 realistic lengths on a random Llama of 110M parameters; from token ids to means. C: as B with longer prompts, on the GPU in bfloat16.
-Every method runs in a process of its own; all are checked against each other before anything is timed.
+Every method runs in a process of its own (C: all in one, its 54 GB are made once); all are checked against each other.
 """
 import argparse, datetime, json, platform, random, resource, subprocess, sys, time
+from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from persona_vectors.catalog import EVAL_QUESTIONS, PERSONAS
 from persona_vectors.chat import conversation
@@ -22,6 +23,9 @@ from persona_vectors.reading import Reader, Row, shared_prefixes
 from persona_vectors.responses import load_responses
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from shapes import gemma_27b
+
 RESPONSES = HERE.parents[1] / "data/test_fixtures/responses_cache.json"
 
 # ---------------------------------------------------------------- workloads
@@ -42,14 +46,6 @@ def rows_b(n, vocab, seed=0):
 def model_b():
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True)).eval()
-
-def model_c():
-    "Gemma 3 27B's text model, random: 62 layers of width 5376"
-    config = Gemma3TextConfig(vocab_size=262208, hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128, sliding_window=1024, query_pre_attn_scalar=168)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"): model = Gemma3ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
 
 # ---------------------------------------------------------------- the peers, each at its best batch size
 def padded(rows, device):
@@ -97,10 +93,12 @@ def assistant_axis(model, rows, layer, size):
         stacked = torch.stack(kept); return mean(stacked[layer], answer.cpu())
     return in_batches(model, rows, size, read)
 
-def ours(model, rows, layer, size):
+def ours(model, rows, layer, size, **how):
     out = torch.empty(len(rows), model.config.hidden_size)
-    for batch, values in Reader(model, [layer])(rows): out[batch] = values[:, 0]
+    for batch, values in Reader(model, [layer], **how)(rows): out[batch] = values[:, 0]
     return out
+
+def ours_compiled(model, rows, layer, size): return ours(model, rows, layer, size, compile_norms=True)
 
 def unique_tokens(rows):
     "How many tokens have to be computed: every shared beginning once"
@@ -117,7 +115,7 @@ def limit(model, rows, layer, size):
     finally: decoder.layers, decoder.norm = layers, norm
 
 PEERS = ("plain", "steering-vectors", "nnsight", "assistant-axis")
-METHODS = {"plain": plain, "steering-vectors": steering_vectors, "nnsight": nnsight, "assistant-axis": assistant_axis, "ours": ours, "limit": limit}
+METHODS = {"plain": plain, "steering-vectors": steering_vectors, "nnsight": nnsight, "assistant-axis": assistant_axis, "ours": ours, "ours, compiled norms": ours_compiled, "limit": limit}
 
 # ---------------------------------------------------------------- workload A goes from text to vectors
 def rows_from_text(tokenizer, talks):
@@ -135,9 +133,12 @@ def job(workload, method, n, size):
         talks, layer, extractor = conversations_a(n), layer_at(8, .65), ActivationExtractor(config, model, tokenizer)
         if method == "ours": return lambda: extractor.extract(talks, layer, progress=False)[:, 0]
         return lambda: METHODS[method](model, rows_from_text(tokenizer, talks), layer, size)
-    model = model_b() if workload == "B" else model_c()
+    model = model_of(workload)
     rows, layer = rows_b(n, model.config.vocab_size), layer_at(model.config.num_hidden_layers, .65)
     return lambda: METHODS[method](model, rows, layer, size)
+
+@cache
+def model_of(workload): return model_b() if workload == "B" else gemma_27b()
 
 # ---------------------------------------------------------------- one process per method
 def used(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -146,19 +147,36 @@ def peak(): return next(int(line.split()[1]) * 1024 for line in Path("/proc/self
 def worker(a):
     "Prints a line of JSON: seconds of each round, memory beyond the weights, a checksum of the vectors"
     work = job(a.workload, a.method, a.n, a.size)
-    warm = job(a.workload, a.method, min(a.n, 8), a.size) if a.workload == "A" else None
-    if warm: warm()
-    cuda = a.workload == "C"
-    if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-    else: Path("/proc/self/clear_refs").write_text("5"); before = used()
+    if a.workload == "A": job(a.workload, a.method, min(a.n, 8), a.size)() # warm
+    Path("/proc/self/clear_refs").write_text("5"); before = used()
     seconds, out = [], None
-    for _ in range(a.rounds):
-        t0 = time.perf_counter(); out = work()
-        if cuda: torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - t0)
-    print(json.dumps(dict(seconds=seconds, memory=(torch.cuda.max_memory_allocated() if cuda else peak()) - before, first=None if out is None else out[:, :4].flatten()[:400].tolist())))
+    for _ in range(a.rounds): t0 = time.perf_counter(); out = work(); seconds.append(time.perf_counter() - t0)
+    print(json.dumps(dict(seconds=seconds, memory=peak() - before, first=checksum(out))))
+
+def checksum(out): return None if out is None else out[:, :4].flatten()[:400].tolist()
+
+def on_gpu(workload, method, n, size, rounds):
+    "The same in this process, after a few rows to warm up"
+    try:
+        job(workload, method, 24, size)()
+        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); work, seconds = job(workload, method, n, size), []
+        for _ in range(rounds): torch.cuda.synchronize(); t0 = time.perf_counter(); out = work(); torch.cuda.synchronize(); seconds.append(time.perf_counter() - t0)
+    except torch.OutOfMemoryError as e: print(f"  {method}, {size} rows at once: {str(e).splitlines()[0]}", flush=True); return None
+    return dict(seconds=seconds, memory=torch.cuda.max_memory_allocated() - before, first=checksum(out))
+
+@torch.inference_mode()
+def matmul_peak(seconds=3., shape=(16384, 5376, 21504)):
+    "Measured FLOP/s of a bfloat16 product as large as the model's own"
+    n, k, m = shape; x = torch.randn(n, k, device="cuda", dtype=torch.bfloat16); w = torch.randn(k, m, device="cuda", dtype=torch.bfloat16); out = torch.empty(n, m, device="cuda", dtype=torch.bfloat16)
+    def run(times): torch.cuda.synchronize(); t0 = time.perf_counter(); [torch.mm(x, w, out=out) for _ in range(times)]; torch.cuda.synchronize(); return (time.perf_counter() - t0) / times
+    return 2 * n * k * m / run(max(1, int(seconds / run(10))))
+
+def flops(model, rows, layer):
+    "Of the matrices of all blocks up to the layer, for just as many tokens as are unique; attention's own products left out, so a share is rather too low"
+    return 2 * unique_tokens(rows) * sum(p.numel() for b in model.get_decoder().layers[:layer + 1] for p in b.parameters() if p.ndim == 2)
 
 def measure(workload, method, n, size, rounds):
+    if workload == "C": return on_gpu(workload, method, n, size, rounds)
     done = subprocess.run([sys.executable, __file__, "--worker", "--workload", workload, "--method", method, "--n", str(n), "--size", str(size), "--rounds", str(rounds)], capture_output=True, text=True)
     if done.returncode: print(f"  {method}: {done.stderr.strip().splitlines()[-1]}"); return None
     return json.loads(done.stdout.splitlines()[-1])
@@ -167,15 +185,16 @@ def compare(workload, a):
     "All methods, interleaved round by round; peers with the batch size that is fastest on a sixth of the work"
     print(f"workload {workload}: {a.n} conversations, {a.rounds} rounds", flush=True)
     sizes = {}
-    for method in PEERS:
+    for method in [m for m in PEERS if m in a.peers]:
+        if len(a.sizes) == 1: sizes[method] = a.sizes[0]; continue
         tried = {s: measure(workload, method, a.n // 6, s, 1) for s in a.sizes}
         tried = {s: r["seconds"][0] for s, r in tried.items() if r}
         if tried: sizes[method] = min(tried, key=tried.get)
     found = {}
     for _ in range(a.rounds):
-        for method in [m for m in METHODS if m in sizes or m not in PEERS]:
+        for method in [m for m in METHODS if m in sizes or m not in PEERS and (workload == "C" or m != "ours, compiled norms")]:
             r = measure(workload, method, a.n, sizes.get(method, 0), 1)
-            if r: o = found.setdefault(method, dict(r, seconds=[], batch_size=sizes.get(method))); o["seconds"] += r["seconds"]; o["memory"] = max(o["memory"], r["memory"])
+            if r: o = found.setdefault(method, dict(r, seconds=[], batch_size=sizes.get(method))); o["seconds"] += r["seconds"]; o["memory"] = max(o["memory"], r["memory"]); print(f"  {method}: {r['seconds'][0]:.2f} s", flush=True)
     reference = torch.tensor(found["plain"]["first"])
     for method, r in found.items():
         first = r.pop("first")
@@ -186,19 +205,22 @@ def compare(workload, a):
         print(f"  {m:18} {best[m]:8.2f} s   plain/this {r['plain_over_this']:5.2f}   memory {r['memory'] / 1e6:8.0f} MB ({r['memory_share']:.2f} of plain)   batch {r['batch_size'] or '-'}", flush=True)
     peers = [best[m] for m in PEERS[1:] if m in best]
     summary = dict(over_plain=best["plain"] / best["ours"], over_fastest_peer=min(peers) / best["ours"] if peers else None, of_limit=best["limit"] / best["ours"], memory_share=found["ours"]["memory_share"])
+    if workload == "C":
+        model = model_of(workload); layer = layer_at(model.config.num_hidden_layers, .65); rows = rows_b(a.n, model.config.vocab_size); peak = matmul_peak()
+        summary |= dict(seconds=best["ours"], layer=layer, unique_tokens=unique_tokens(rows), matmul_peak_tflops=peak / 1e12, **{f"{m}, of matmul peak": flops(model, rows, layer) / best[m] / peak for m in ("ours", "ours, compiled norms", "limit")})
     print("  " + ", ".join(f"{k} {v:.2f}" for k, v in summary.items() if v), flush=True)
     return dict(methods=found, summary=summary)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--workload", choices=("A", "B", "C", "AB"), default="AB"); ap.add_argument("--n", type=int, default=414); ap.add_argument("--rounds", type=int, default=3)
-    ap.add_argument("--sizes", type=int, nargs="*", default=[8, 16, 32], help="batch sizes the peers may choose from"); ap.add_argument("--out", type=Path, default=HERE / "results.json")
+    ap.add_argument("--sizes", type=int, nargs="*", default=[8, 16, 32], help="batch sizes the peers may choose from"); ap.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS); ap.add_argument("--out", type=Path, default=HERE / "results.json")
     ap.add_argument("--worker", action="store_true", help=argparse.SUPPRESS); ap.add_argument("--method", help=argparse.SUPPRESS); ap.add_argument("--size", type=int, default=16, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker: return worker(a)
     results = {w: compare(w, a) for w in a.workload}
     before = json.loads(a.out.read_text()) if a.out.exists() else {}
-    about = dict(date=str(datetime.date.today()), cpus=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__, n=a.n, rounds=a.rounds)
+    about = dict(date=str(datetime.date.today()), cpus=torch.get_num_threads(), machine=torch.cuda.get_device_name() if a.workload == "C" else platform.machine(), torch=torch.__version__, n=a.n, rounds=a.rounds)
     a.out.write_text(json.dumps({**before, **{w: dict(about, **r) for w, r in results.items()}}, indent=1) + "\n")
 
 if __name__ == "__main__": main()

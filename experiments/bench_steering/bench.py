@@ -2,15 +2,17 @@
 
     python bench.py                     # about 10 minutes on 2 cores; writes results.json
     python bench.py --threads 1         # on cores shared with others: two threads wait for each other
+    python bench.py --shape gemma-27b   # on a GPU: a random model of exactly Gemma 3 27B's text shape
 
 `model.generate` of a random Llama of 110M parameters: 64 tokens in, 64 out, greedy, never an end, with its cache; float32 on the CPU,
-bfloat16 on CUDA where there is one. All methods are checked against hooks written out here before anything is timed. In each round all
+bfloat16 on CUDA where there is one. All methods are checked against hooks written out here before anything is timed (in float32, so always
+on the small model). In each round all
 calls run side by side and take turns token by token, in a new order each time, so that other processes disturb all of them alike: each
 is a plain call of `generate` on a model of its own (the weights are shared) that waits after each token. A call's time runs from before
 the hooks are put in until after they are gone and the audit has been checked, and is divided by the unsteered one's of the same round;
 a token's time is divided by the unsteered one's of the same turn. A second unsteered call shows what is only noise.
 """
-import argparse, copy, datetime, json, platform, random, time
+import argparse, copy, datetime, json, platform, random, sys, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +32,13 @@ np.float_ = getattr(np, "float_", np.float64) # repeng 0.4.0 was written for num
 from repeng import ControlModel, ControlVector
 from steering_vectors import SteeringVector
 
-HERE, LENGTH, NEW, CHECKED, DEPTH, LAYER = Path(__file__).resolve().parent, 64, 64, 16, 12, layer_at(12, .65)
-WINDOW, TARGET = tuple(range(LAYER - 1, LAYER + 3)), dict(cpu=3, cuda=1)
+HERE, LENGTH, NEW, CHECKED, TARGET = Path(__file__).resolve().parent, 64, 64, 16, dict(cpu=3, cuda=1)
+sys.path.insert(0, str(HERE.parent))
+from shapes import gemma_27b
 
 def model_110m():
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=DEPTH, num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True, eos_token_id=None)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True, eos_token_id=None)).eval()
     model.generation_config.eos_token_id = None; model.generation_config.pad_token_id = 0
     return model
 
@@ -43,11 +46,11 @@ def model_110m():
 class Setting:
     "Model, vector, strength and thresholds that all methods share"
     def __init__(self, model):
-        self.model = model
-        torch.manual_seed(1); self.v, self.u = torch.randn(768), nn.functional.normalize(torch.randn(768), dim=-1)
+        self.model, self.layer = model, layer_at(len(model.get_decoder().layers), .65); self.window = tuple(range(self.layer - 1, self.layer + 3))
+        torch.manual_seed(1); self.v, u = torch.randn(2, model.config.hidden_size); self.u = nn.functional.normalize(u, dim=-1)
         kept = {}
-        with torch.inference_mode(), hooked(*((self.blocks[l], lambda m, i, o, l=l: kept.__setitem__(l, first(o))) for l in WINDOW)): model(prompts(model, 8))
-        self.strength = .1 * float(kept[LAYER].norm(dim=-1).median()) / float(self.v.norm())
+        with torch.inference_mode(), hooked(*((self.blocks[l], lambda m, i, o, l=l: kept.__setitem__(l, first(o))) for l in self.window)): model(prompts(model, 8))
+        self.strength = .1 * float(kept[self.layer].norm(dim=-1).median()) / float(self.v.norm())
         self.tau = {l: float((h.float().cpu() @ self.u).median()) for l, h in kept.items()} # about half of the tokens lie below
 
     @property
@@ -74,18 +77,18 @@ def replaced(out, new): return (new, *out[1:]) if isinstance(out, tuple) else ne
 def bare(s):
     "h + c*v in the dtype of the model and nothing else"
     step = (s.strength * s.v).to(s.model.device, s.model.dtype)
-    return hooked((s.blocks[LAYER], lambda m, i, o: replaced(o, first(o) + step)))
+    return hooked((s.blocks[s.layer], lambda m, i, o: replaced(o, first(o) + step)))
 
 def bare_response(s):
     "The same for generated tokens, which come one at a time; for the check"
     step = (s.strength * s.v).to(s.model.device, s.model.dtype)
-    return hooked((s.blocks[LAYER], lambda m, i, o: replaced(o, first(o) + step) if first(o).shape[1] == 1 else o))
+    return hooked((s.blocks[s.layer], lambda m, i, o: replaced(o, first(o) + step) if first(o).shape[1] == 1 else o))
 
 def bare_floor(s):
     "h + max(tau - h.u, 0) u in the dtype of the model and nothing else"
     u = s.u.to(s.model.device, s.model.dtype)
     def hook(tau): return lambda m, i, o: replaced(o, first(o) + (tau - first(o) @ u).clamp(min=0)[..., None] * u)
-    return hooked(*((s.blocks[l], hook(s.tau[l])) for l in WINDOW))
+    return hooked(*((s.blocks[l], hook(s.tau[l])) for l in s.window))
 
 @contextmanager
 def bare_both(s):
@@ -94,16 +97,16 @@ def bare_both(s):
 @contextmanager
 def repeng(s):
     "ControlModel puts itself around the blocks; its layer ids are 0-based blocks, whose output it changes"
-    wrapped = ControlModel(s.model, [LAYER])
-    try: wrapped.set_control(ControlVector("llama", {LAYER: s.v.numpy()}), s.strength); yield
+    wrapped = ControlModel(s.model, [s.layer])
+    try: wrapped.set_control(ControlVector("llama", {s.layer: s.v.numpy()}), s.strength); yield
     finally: wrapped.unwrap()
 
 def steering_vectors(s):
     "Layer numbers of its decoder blocks are 0-based, and their output is changed"
-    return SteeringVector({LAYER: s.v.to(s.model.device, s.model.dtype)}).apply(s.model, multiplier=s.strength)
+    return SteeringVector({s.layer: s.v.to(s.model.device, s.model.dtype)}).apply(s.model, multiplier=s.strength)
 
-def add(s, where="all"): return Add(s.v, s.strength, LAYER, where=where)
-def floor(s): return Floor(s.u, s.tau, WINDOW)
+def add(s, where="all"): return Add(s.v, s.strength, s.layer, where=where)
+def floor(s): return Floor(s.u, s.tau, s.window)
 
 METHODS = {
     "unsteered": lambda s: nullcontext(), "unsteered again": lambda s: nullcontext(),
@@ -178,18 +181,19 @@ def compare(s, size, rounds):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--rounds", type=int, default=8); ap.add_argument("--sizes", type=int, nargs="*", default=[1, 8], help="rows of a batch")
-    ap.add_argument("--device", default="auto"); ap.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 on cores shared with others")
+    ap.add_argument("--shape", choices=("llama-110m", "gemma-27b"), default="llama-110m"); ap.add_argument("--device", default="auto"); ap.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 on cores shared with others")
     ap.add_argument("--out", type=Path, default=HERE / "results.json"); a = ap.parse_args(); torch.set_num_threads(a.threads)
     device = resolve_device(a.device); model = model_110m().to(device)
     checked = {size: check(Setting(model), size) for size in a.sizes}
+    if a.shape == "gemma-27b": model = gemma_27b()
     s = Setting(model.to(resolve_dtype("auto", device)))
     found = {size: dict(compare(s, size, a.rounds), check=checked[size]) for size in a.sizes}
     missed = [f"{n}, batch {size}" for size, r in found.items() for n, m in r["methods"].items() if n.startswith("ours") and m["call"]["percent"] > TARGET[device.type]]
     print(f"more than the {TARGET[device.type]}% aimed at: {'; '.join(missed) or 'none'}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     result = dict(date=str(datetime.date.today()), machine=machine, versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "repeng", "steering-vectors")}},
-                  model=dict(parameters=sum(p.numel() for p in model.parameters()), dtype=str(model.dtype).removeprefix("torch."), layer=LAYER, window=WINDOW), rounds=a.rounds, target_percent=TARGET[device.type], missed=missed, batch=found)
+                  model=dict(parameters=sum(p.numel() for p in model.parameters()), dtype=str(model.dtype).removeprefix("torch."), layer=s.layer, window=s.window), rounds=a.rounds, target_percent=TARGET[device.type], missed=missed, batch=found)
     before = json.loads(a.out.read_text()) if a.out.exists() else {}
-    a.out.write_text(json.dumps({**before, device.type: result}, indent=1) + "\n")
+    a.out.write_text(json.dumps({**before, device.type if a.shape == "llama-110m" else a.shape: result}, indent=1) + "\n")
 
 if __name__ == "__main__": main()

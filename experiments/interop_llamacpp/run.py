@@ -28,8 +28,8 @@ from persona_vectors.vectors import Vector
 
 HERE, BAR, ANSWER, F32 = Path(__file__).resolve().parent, 2e-5, 24, 0
 BUILD = HERE / "build" / "models"
-SIZE = dict(vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=1)
-OWN = dict(gpt2=dict(vocab_size=4096, n_embd=128, n_layer=6, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=1), mistral=dict(sliding_window=None), qwen2=dict(use_sliding_window=False), gpt_neox=dict(rotary_pct=.5), phi=dict(num_key_value_heads=4),
+SIZE = dict(vocab_size=6144, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+OWN = dict(gpt2=dict(vocab_size=6144, n_embd=128, n_layer=6, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=1), mistral=dict(sliding_window=None), qwen2=dict(use_sliding_window=False), gpt_neox=dict(rotary_pct=.5), phi=dict(num_key_value_heads=4),
            granite=dict(residual_multiplier=.4, embedding_multiplier=3., attention_multiplier=.2, logits_scaling=2.))
 BAKED = ("llama", "mistral", "qwen2", "granite", "smollm3", "gpt2", "gpt_neox", "phi")
 
