@@ -113,6 +113,7 @@ class SteeringPlayground(Panel):
         self.ask.on_click(lambda _: self.start()); self.stop.on_click(lambda _: self.end()); self.sweep.on_click(lambda _: self.start_sweep())
         self.persona.observe(lambda c: setattr(self.blend.layout, 'display', '' if c['new'] == _BLEND else 'none'), 'value')
         for w in (self.persona, self.strength, self.layers, self.where, self.safety, self.temperature, *self.weights.values()): w.observe(lambda _: self._moved(), 'value')
+        for w in (self.question, self.max_tokens): w.observe(lambda _: self._tell_code(), 'value')
         self._tell_code()
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 from persona_vectors import ActivationExtractor, DEFAULT_PERSONAS, Monitor, PersonaManager, PersonaVectorConfig, SteeringEngine, assistant_axis, get_config
 from persona_vectors.explorers import tiny_personas, tiny_trait
 extractor = ActivationExtractor(PersonaVectorConfig(model_name='persona-tiny', device='cpu'))
-trait, (open_, practical) = tiny_trait('openness')[0], ({OPEN!r}, {PRACTICAL!r})
+trait, pairs = tiny_trait('openness')[0], {{'its words': ({OPEN!r}, {PRACTICAL!r})}}
 manager = PersonaManager(get_config(model={{'name': 'persona-tiny', 'device': 'cpu'}}, extraction={{'questions': 6, 'max_tokens': 48, 'target_layers': [4]}}, data_dir=Path(tempfile.mkdtemp())), progress=False)
 for name in ('sage', 'trickster'): manager.create_from_archetype(name)
 LAYER, seen = 3, tiny_personas().at(3)
