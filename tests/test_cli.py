@@ -15,7 +15,7 @@ def test_demo_writes_what_it_says_and_says_what_it_wrote(tmp_path):
     written = {f.name for f in folder.iterdir()}
     assert {"responses.json", "cosine_matrix.html", "pca.html", "reliability.html"} <= written
     for name in written: assert str(Path("data/demo") / name) in done.stdout
-    assert "c = 1.5" in done.stdout and "Next" in done.stdout
+    assert "c = 1.25" in done.stdout and "Next" in done.stdout
     assert "responses:" in done.stderr  # progress is on standard error
 
 @pytest.mark.skipif(not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), reason="PNG files are drawn by Chrome or Chromium, which is not installed")
