@@ -22,7 +22,7 @@ demo: .venv/ready  ## answers, vectors, pictures and steering on the embedded mo
 
 test: .venv/ready  ## notebooks under nbval, pytest, ruff
 	@$(BIN)/ruff check
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests nbs
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests nbs
 
 lab: .venv/ready  ## JupyterLab on the tutorials
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials/01_quickstart.ipynb

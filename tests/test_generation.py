@@ -44,9 +44,9 @@ def expected(url_seed, rate, faults, request, attempts):
             return text, {"null": "empty", "length": "truncated", "other-model": "other_model"}.get(fault, "ok")
     return None
 
-def test_five_thousand_requests_and_a_server_that_fails_in_three_of_ten_cases(tmp_path, caplog, capfd):
+def test_two_thousand_requests_and_a_server_that_fails_in_three_of_ten_cases(tmp_path, caplog, capfd):
     "Every answer that could be had is stored exactly once, the rest is listed with its reason; the limit holds; memory stays flat; the key is nowhere"
-    people, attempts = {f"persona {n}": f"You are number {n}." for n in range(50)}, 4
+    people, attempts = {f"persona {n}": f"You are number {n}." for n in range(20)}, 4
     questions = [f"Question {n}?" for n in range(100)]
     with serving("--rate", .3, "--seed", 5, "--slow", .1) as url:
         settings = config(url, max_concurrent_requests=64, max_attempts=attempts, max_failures=1000, request_timeout=8.) # longer than a busy machine needs
@@ -61,16 +61,16 @@ def test_five_thousand_requests_and_a_server_that_fails_in_three_of_ten_cases(tm
             have = {r.key: (a.text, a.status) for r, a in store.answered()}
             requests = [r for r, _ in store.answered()] + [r for r, _ in failed]
         seen = stats(url)
-    assert len(requests) == 5000 and len({r.key for r in requests}) == 5000
+    assert len(requests) == 2000 and len({r.key for r in requests}) == 2000
     for r in requests: assert have.get(r.key) == expected(5, .3, fault_server.FAULTS, r, attempts), (r, have.get(r.key))
-    assert failed and f"{len(failed)} of 5000 requests" in message
+    assert failed and f"{len(failed)} of 2000 requests" in message
     assert all(reason for _, reason in failed)
     assert len(seen["answered"]) == len(have) and seen["twice"] == 0 and seen["most_at_once"] <= 64
-    assert set(seen["faults"]) == set(fault_server.FAULTS) and seen["requests"] > 6000
+    assert set(seen["faults"]) == set(fault_server.FAULTS) and seen["requests"] > 2400
     early, late = (sum(part) / len(part) for part in (marks[len(marks) // 4:len(marks) // 2], marks[-len(marks) // 4:]))
-    assert late < early + 8e6, (early, late)  # bytes; five thousand answers would be more if they were kept
+    assert late < early + 8e6, (early, late)  # bytes; two thousand answers would be more if they were kept
     said = "".join(capfd.readouterr()) + caplog.text + message
-    assert KEY not in said and "5000" in said
+    assert KEY not in said and "2000" in said
     for f in tmp_path.iterdir(): assert KEY.encode() not in f.read_bytes(), f
 
 RUN = """
