@@ -141,7 +141,8 @@ def _covering(tokenizer, ids, offsets, text, start, end):
     if not inside: raise ChatError(f'{_name(tokenizer)}: the response {text[start:end]!r} has no tokens')
     first, last = inside[0], inside[-1] + 1
     if tokenizer.unk_token_id in ids[first:last]: raise ChatError(f'{_name(tokenizer)} does not know all of the response {text[start:end]!r}: part of it becomes {tokenizer.unk_token!r}')
-    control = [i for i in ids[first:last] if i in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids) # asked once: transformers looks them all up each time
+    control = [i for i in ids[first:last] if i in special]
     if control: raise ChatError(f'{_name(tokenizer)}: the response {text[start:end]!r} contains the control token {tokenizer.convert_ids_to_tokens(control[0])!r}; it would end or open a turn: remove it')
     got = tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)
     if _ink(got) != _ink(text[start:end]): raise ChatError(f'{_name(tokenizer)}: the tokens found for the response do not decode to it.\n  response: {text[start:end]!r}\n  decoded:  {got!r}')
