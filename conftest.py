@@ -1,5 +1,10 @@
-"""Three things pytest does not know: pages that are edited with nbdev, tests that run in the background, and which files take long."""
-import signal, threading
+"""Four things pytest does not know: pages that are edited with nbdev, tests that run in the background, that importing torch takes long, and which files take long."""
+import os, signal, subprocess, sys, tempfile, threading, time
+from pathlib import Path
+
+import pytest
+
+WARM = Path(__file__).parent / "tests/warm"
 
 # A shell that starts a job in the background tells it to ignore Ctrl-C, and the commands that the tests start and stop would inherit that.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -8,6 +13,20 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
 SLOW = """tests/test_scale.py tests/test_generation.py tests/test_library_commands.py nbs/11_calibration.ipynb nbs/tutorials/04_steering.ipynb nbs/index.ipynb tests/test_page.py tests/test_calibration.py nbs/tutorials/11_persona_tiny.ipynb tests/browser/test_dashboards.py
 tests/test_server.py tests/test_terminal.py tests/test_cli.py nbs/tutorials/08_responses.ipynb nbs/tutorials/06_safety_and_capping.ipynb tests/test_data_commands.py tests/test_trait_commands.py nbs/14_scale.ipynb nbs/16_demo.ipynb tests/test_extraction.py nbs/16_data_commands.ipynb
 tests/test_steering.py nbs/05_coherence.ipynb nbs/16_terminal.ipynb nbs/10_steering.ipynb nbs/07_statistics.ipynb nbs/tutorials/01_quickstart.ipynb tests/test_api.py nbs/11_projections.ipynb""".split()
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    "Pages and most commands are forked from one process that has torch at hand (tests/warm/warm.py); on macOS and Windows they start from nothing"
+    if not sys.platform.startswith("linux"): return
+    if config.getoption("nbval", False): config.option.nbval_kernel_name, config.option.current_env = "warm", False
+    if "PERSONA_VECTORS_WARM" in os.environ: return  # a worker: its master has started it
+    folder = tempfile.TemporaryDirectory(); address = f"{folder.name}/warm"
+    def first(name, value): os.environ[name] = os.pathsep.join([str(value), *filter(None, [os.environ.get(name)])])
+    os.environ["PERSONA_VECTORS_WARM"] = address; first("PATH", WARM / "bin"); first("JUPYTER_PATH", WARM)
+    server = subprocess.Popen([sys.executable, WARM / "warm.py", "serve", address], stdin=subprocess.PIPE)  # it ends when this pipe is closed, however this process ends
+    while not os.path.exists(address): time.sleep(.01); assert server.poll() is None
+    def end(): server.stdin.close(); server.wait(); folder.cleanup()
+    config.add_cleanup(end)
 
 def pytest_collection_modifyitems(items):
     for item in items:

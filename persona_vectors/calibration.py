@@ -10,6 +10,8 @@ __all__ = ['log', 'SPACED', 'DOSES', 'DOSE_UNITS', 'WINDOWS', 'STANCES', 'RECIPE
 import logging
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Callable, Sequence
 import numpy as np
 import torch
@@ -279,7 +281,7 @@ def calibrate_capping(
     if len(safety.requests) < 4 or len(safety.benign) < 2: raise SteeringError(f'{len(safety.requests)} requests and {len(safety.benign)} benign ones: at least 4 and 2 are needed, to make the axis, to choose and to confirm')
     extractor = as_extractor(model)
     for_axis, rest = _halves(safety.requests)
-    if axes is None: axes = {where:safety_axis(extractor, safety.model_copy(update=dict(requests=for_axis)), where=where, bootstrap=0, permutations=0, same_text=False, progress=progress) for where in ('last_prompt', 'response')}
+    if axes is None: axes = _both_axes(extractor, safety.model_copy(update=dict(requests=for_axis)), progress)
     elif isinstance(axes, Vector): axes = {axes.about.get('where', 'response'): axes}
     bench = _Bench(extractor, axes, safety, for_axis, verdict, max_tokens, seed)
     windows = [(int(a), int(b)) for a,b in windows] if windows is not None else [_window(extractor.n_layers, w) for w in WINDOWS]
@@ -301,6 +303,11 @@ def calibrate_capping(
         roles = bench.roles(chosen, personas or {}, judge, final_benign)
     front = [Setting(**{**vars(s), 'pareto': not any(_better(o, s) for o in found)}) for s in found]
     return CappingReport(front, uncapped, front[found.index(best)], chosen, confirmed, roles, tolerance, (len(final)*len(safety.unsafe), len(final_benign)), axes, bench.fine)
+
+def _both_axes(extractor, safety, progress):
+    "The safety axis, read at the last prompt token and as a mean over the answers; these are generated once"
+    with TemporaryDirectory() as folder:
+        return {where:safety_axis(extractor, safety, where=where, store=Path(folder)/'answers.sqlite', bootstrap=0, permutations=0, same_text=False, progress=progress) for where in ('last_prompt', 'response')}
 
 def _window(n, parts): first = min(int(n*parts[0] + .5), n - 1); return first, max(first, min(int(n*parts[1] + .5), n) - 1)
 

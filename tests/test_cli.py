@@ -1,12 +1,12 @@
-"""The command in a real process."""
-import os, shutil, subprocess, sys
+"""The command as a newcomer starts it, from nothing."""
+import os, shutil, subprocess
 from pathlib import Path
 
 import pytest
+from commands import COLD
 
-COMMAND = Path(sys.executable).parent / "persona-steer"
 
-def run(*args, cwd): return subprocess.run([str(COMMAND), *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"})
+def run(*args, cwd): return subprocess.run([str(COLD), *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"})
 
 def test_demo_writes_what_it_says_and_says_what_it_wrote(tmp_path):
     done = run("demo", "--no-png", cwd=tmp_path)

@@ -8,11 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
+from commands import COMMAND
 from test_generation import serving, stats
 from persona_vectors import EVAL_QUESTIONS, PERSONAS, ApiJudge, Item, PersonaVectorConfig, ResponseStore, coherence_rubric, import_capping_config, load_capping, load_vectors, role_rubric, tiny_judge
 from persona_vectors.data_commands import app
-
-COMMAND = Path(sys.executable).parent / "persona-steer"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory): return tmp_path_factory.mktemp("data_commands")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import COMMAND
 
 from persona_vectors.catalog import load_archetypes
 from persona_vectors.formats import load_vectors
 from persona_vectors.project import changed_text, config_text
 from persona_vectors.settings import get_config
 
-COMMAND = Path(sys.executable).parent / "persona-steer"
 COMMANDS = ["init", "extract-axes", "extract", "create", "list", "info", "load", "unload", "delete", "generate", "doctor", "config", "config show", "config set", "config path"]
 SAGES = ["sage", "trickster"]
 

@@ -4,13 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from commands import COMMAND
 
 openai = pytest.importorskip("openai", reason="the answers are compared with those of the openai client, which is not installed")
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright, which is not installed: pip install playwright").sync_playwright
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is shown by Chrome or Chromium, which is not installed")
 
-COMMAND = Path(sys.executable).parent / "persona-steer"
 EVENING, SEA, EVIL = "What is a good way to spend a quiet evening?", "Tell me about the sea.", "<img src=x onerror=\"window.hurt=1\"><b>bold</b>"
 WATCH = """
 window.violations = []; window.grown = []

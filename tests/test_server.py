@@ -7,6 +7,7 @@ from shutil import copytree
 import httpx
 import pytest
 import torch
+from commands import COMMAND
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from openai import APIError, APIStatusError, AsyncOpenAI, AuthenticationError, BadRequestError, InternalServerError, NotFoundError, OpenAI, RateLimitError
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +18,7 @@ from persona_vectors.personas import PersonaManager
 from persona_vectors.server import serve
 from persona_vectors.settings import EMBEDDED, get_config
 
-COMMAND, KEY, QUESTION, STORY = Path(sys.executable).parent / "persona-steer", "a key that nobody guesses", "What is truth?", "Tell me a story about a fox."
+KEY, QUESTION, STORY = "a key that nobody guesses", "What is truth?", "Tell me a story about a fox."
 OPTIONS = {"PERSONA_STEER_EXTRACTION__QUESTIONS": "6", "PERSONA_STEER_EXTRACTION__MAX_TOKENS": "32"}
 NAMES = ["persona-tiny", "sage", "trickster", "sage:0.5+trickster:0.3"]
 QUESTIONS = [QUESTION, "Why do people tell stories?", "How do I bake bread?", "Where does the river go?"]

@@ -3,11 +3,11 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from commands import COLD, COMMAND
 
 pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
 if not hasattr(pexpect, "spawn"): pytest.skip("no pseudo-terminals here", allow_module_level=True)
 
-COMMAND = Path(sys.executable).parent / "persona-steer"
 ALT_ENTER, CTRL_C, CTRL_D, TAB, UP = "\x1b\r", "\x03", "\x04", "\t", "\x1b[A"
 PATIENCE = 40  # seconds; a machine may be busy
 
@@ -16,7 +16,7 @@ class Terminal:
     def __init__(self, *args, env, cwd, rows=24, columns=80):
         self.screen, self.raw, self.mark = pyte.HistoryScreen(columns, rows, history=5000), "", 0
         self.stream = pyte.Stream(self.screen)
-        self.child = pexpect.spawn(str(COMMAND), ["chat", *args], env=env, cwd=str(cwd), dimensions=(rows, columns), encoding="utf-8", timeout=PATIENCE)
+        self.child = pexpect.spawn(str(COLD), ["chat", *args], env=env, cwd=str(cwd), dimensions=(rows, columns), encoding="utf-8", timeout=PATIENCE)
         self.screen.write_process_input = self.child.send  # prompt_toolkit asks where the cursor is
         self.wait("Ctrl-D leaves"); self.prompt()
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from commands import COMMAND
 
-COMMAND = Path(sys.executable).parent / "persona-steer"
 QUICK = ("--layers", "2", "3", "4", "--n-samples", "3")
 CHROME = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 

@@ -1,0 +1,6 @@
+"""`persona-steer` as the tests start it: forked from a process that has torch at hand (tests/warm), or from nothing"""
+import os, sys
+from pathlib import Path
+
+COLD = Path(sys.executable).parent / "persona-steer"
+COMMAND = Path(__file__).parent / "warm/bin/persona-steer" if "PERSONA_VECTORS_WARM" in os.environ else COLD
