@@ -1,7 +1,6 @@
 """The chat page in a real browser, with a real server behind it."""
-import json, os, shutil, subprocess, sys, time, urllib.request
+import json, os, shutil, subprocess, time, urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from commands import COMMAND

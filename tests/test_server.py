@@ -1,7 +1,6 @@
 """The server as a process of its own, asked by OpenAI's client, by broken ones and by hostile ones."""
-import asyncio, json, os, re, signal, socket, subprocess, sys, threading, time
+import asyncio, json, os, re, signal, socket, subprocess, threading, time
 from collections import Counter
-from pathlib import Path
 from shutil import copytree
 
 import httpx

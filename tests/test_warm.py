@@ -1,5 +1,5 @@
 """A forked command is like one that was started from nothing: what it says, reads, hears, and ends with."""
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, time
 
 import pytest
 from commands import COLD, COMMAND
@@ -12,23 +12,18 @@ def test_it_says_the_same_and_ends_the_same(line, tmp_path):
     warm, cold = (subprocess.run([c, *line.split()], cwd=tmp_path, env=env, input=" \n", capture_output=True, text=True) for c in (COMMAND, COLD))
     assert (warm.returncode, warm.stdout, warm.stderr) == (cold.returncode, cold.stdout, cold.stderr)
 
-def started(folder): return subprocess.Popen([COMMAND, "chat", "--persona", "default"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PERSONA_STEER_DATA_DIR": str(folder)})
-
-def forked():
-    "Processes of commands that have been forked and still run"
-    server = next(p for p in os.listdir("/proc") if p.isdigit() and os.environ["PERSONA_VECTORS_WARM"].encode() in read(f"/proc/{p}/cmdline"))
-    return set(read(f"/proc/{server}/task/{server}/children").split())
-
-def read(path):
-    try: return open(path, "rb").read()
-    except OSError: return b""  # it has ended meanwhile
+def at_work(folder):
+    "Forked processes that stand in a folder"
+    def cwd(pid):
+        try: return os.readlink(f"/proc/{pid}/cwd"), open(f"/proc/{pid}/cmdline").read()
+        except OSError: return "", ""  # it has ended meanwhile
+    return {p for p in os.listdir("/proc") if p.isdigit() for at, line in [cwd(p)] if at == str(folder) and "serve" in line}  # they are still called as their server is
 
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_signal_reaches_it(how, code, tmp_path):
-    before, process = forked(), started(tmp_path)
-    while not (mine := forked() - before): time.sleep(.01)
-    time.sleep(1.); process.send_signal(how)
-    assert process.wait(20) == code, process.stderr.read()
-    process.stdin.close(); process.stdout.close(); process.stderr.close()
+    with subprocess.Popen([COMMAND, "chat"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PERSONA_STEER_DATA_DIR": str(tmp_path)}) as process:
+        while not at_work(tmp_path): time.sleep(.01)
+        time.sleep(1.); process.send_signal(how)
+        assert process.wait(20) == code, process.stderr.read()
     end = time.monotonic() + 20
-    while mine & forked(): assert time.monotonic() < end, "it goes on though whoever asked has ended"; time.sleep(.01)
+    while at_work(tmp_path): assert time.monotonic() < end, "it goes on though whoever asked has ended"; time.sleep(.01)
