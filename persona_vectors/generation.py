@@ -386,7 +386,7 @@ def generate_answers(
         if dry_run: found = plan(requests, config, opened, local, again); print(found)
         else:
             found = answer_requests(requests, config, opened, local, again, progress)
-            if line := left_out_line(a.status for _,a in found): log.warning('vectors, unless told otherwise: %s', line)
+            if line := left_out_line(a.status for _,a in found): log.warning('for vectors, %s', line)
         return found
     finally:
         if opened is not store: opened.close()
@@ -432,5 +432,5 @@ def generate_responses(
         if save_to and (found := ordered(have)): save_responses(found, save_to); log.info('%d of %d responses saved to %s', len(ordered()), len(requests), save_to)
         found = ordered()
         if opened is not store: opened.close()
-    if line := left_out_line((found.marks.get(k, 'ok') for k in found), keep): log.warning('vectors, unless told otherwise: %s', line)
+    if line := left_out_line((found.marks.get(k, 'ok') for k in found), keep): log.warning('for vectors, %s', line)
     return found

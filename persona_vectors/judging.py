@@ -34,7 +34,10 @@ _AFTER = r'(?=\s*(?:$|[.,;:!?)\]*_"\'/%]|\bout of\b|\bpoints?\b|\bpercent\b|beca
 _LABEL = r'(?:score|rating|grade|verdict|answer|value|result|trait|coherence)'
 _VERB = r"(?:rate|score|give|grade|assign|say|go with|put|choose|pick|deserves|gets|earns)"
 
-def _as_digits(text): return _NUMBER_WORD.sub(lambda m: str(_WORDS[m[1].lower()]), text)
+def _as_digits(text):
+    "Number words as digits; 'one' is a number only where a score stands, and not in 'this one'"
+    def scored(m): return re.search(rf'(?:^|{_LABEL}\W{{0,6}}(?:is|of)?)\W*$', text[:m.start()], re.I) and re.match(_AFTER, text[m.end():])
+    return _NUMBER_WORD.sub(lambda m: m[0] if m[1].lower() == 'one' and not scored(m) else str(_WORDS[m[1].lower()]), text)
 
 def _from_json(text):
     "The one number in a JSON object, or that of a key that says score"
