@@ -16,8 +16,9 @@ tests/test_steering.py nbs/05_coherence.ipynb nbs/16_terminal.ipynb nbs/10_steer
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    "Pages and most commands are forked from one process that has torch at hand (tests/warm/warm.py); on macOS and Windows they start from nothing"
-    if not sys.platform.startswith("linux"): return
+    "Pages and most commands are forked from one process that has torch at hand (tests/warm/warm.py); where that cannot be, they start from nothing"
+    try: os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError): return  # no Linux, or one that forbids it
     if config.getoption("nbval", False): config.option.nbval_kernel_name, config.option.current_env = "warm", False
     if "PERSONA_VECTORS_WARM" in os.environ: return  # a worker: its master has started it
     folder = tempfile.TemporaryDirectory(); address = f"{folder.name}/warm"
