@@ -46,7 +46,7 @@ class ModelSettings(_Section):
 class ExtractionSettings(_Section):
     "How personas are made, and where they are added"
     target_layers:_Layers = None # Blocks after which a persona is added; None is the one at .65 of the depth
-    questions:Annotated[int, BeforeValidator(_number), Field(ge=2)] = 18 # Questions that every system prompt answers; of two, one finds a direction and one tests it
+    questions:Annotated[int, BeforeValidator(_number), Field(ge=2)] = 18 # Questions that every system prompt answers, at least two
     max_tokens:_Count = 256 # Longest answer
     temperature:Annotated[_Real, Field(ge=0, le=2)] = .7 # 0 is greedy
     batch_size:_Count = 64 # Conversations that are generated together
