@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 WARM = Path(__file__).parent / "tests/warm"
+sys.path.append(str(WARM))
+from warm import SOCKET
 
 # A shell that starts a job in the background tells it to ignore Ctrl-C, and the commands that the tests start and stop would inherit that.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,11 +21,10 @@ def pytest_configure(config):
     "Pages and most commands are forked from one process that has torch at hand (tests/warm/warm.py); where that cannot be, they start from nothing"
     try: os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError): return  # no Linux, or one that forbids it
-    if config.getoption("nbval", False): config.option.nbval_kernel_name, config.option.current_env = "warm", False
-    if "PERSONA_VECTORS_WARM" in os.environ: return  # a worker: its master has started it
+    if config.getoption("nbval", False) and config.option.current_env: config.option.nbval_kernel_name, config.option.current_env = "warm", False
+    if SOCKET in os.environ: return  # a worker: its master has started it
     folder = tempfile.TemporaryDirectory(); address = f"{folder.name}/warm"
-    def first(name, value): os.environ[name] = os.pathsep.join([str(value), *filter(None, [os.environ.get(name)])])
-    os.environ["PERSONA_VECTORS_WARM"] = address; first("PATH", WARM / "bin"); first("JUPYTER_PATH", WARM)
+    os.environ[SOCKET], os.environ["JUPYTER_PATH"] = address, os.pathsep.join([str(WARM), *filter(None, [os.environ.get("JUPYTER_PATH")])])
     server = subprocess.Popen([sys.executable, WARM / "warm.py", "serve", address], stdin=subprocess.PIPE)  # it ends when this pipe is closed, however this process ends
     while not os.path.exists(address): time.sleep(.01); assert server.poll() is None
     def end(): server.stdin.close(); server.wait(); folder.cleanup()

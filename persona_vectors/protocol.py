@@ -218,7 +218,7 @@ class Reply:
     def _scores(self, tokens:list[Token])->dict|None:
         if not self.logprobs: return None
         text = lambda i: self.tokenizer.decode([i])
-        row = lambda i, p: dict(token=text(i), logprob=p, bytes=list(token_bytes(self.tokenizer, i)))
+        def row(i, p): said = token_bytes(self.tokenizer, i); return dict(token=said.decode(errors='replace'), logprob=p, bytes=list(said))
         if self.chat: return dict(content=[dict(row(t.id, t.logprob), top_logprobs=[row(*o) for o in t.top]) for t in tokens], refusal=None)
         return dict(tokens=[text(t.id) for t in tokens], token_logprobs=[t.logprob for t in tokens], top_logprobs=[{text(i):p for i,p in t.top} for t in tokens])
 

@@ -2,5 +2,7 @@
 import os, sys
 from pathlib import Path
 
+from warm import SOCKET  # conftest.py says where that is
+
 COLD = Path(sys.executable).parent / "persona-steer"
-COMMAND = Path(__file__).parent / "warm/bin/persona-steer" if "PERSONA_VECTORS_WARM" in os.environ else COLD
+COMMAND = Path(__file__).parent / "warm/bin/persona-steer" if SOCKET in os.environ else COLD

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from commands import COLD
 
-
 def run(*args, cwd): return subprocess.run([str(COLD), *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"})
 
 def test_demo_writes_what_it_says_and_says_what_it_wrote(tmp_path):

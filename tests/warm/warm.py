@@ -38,10 +38,11 @@ def serve(path):
             if listener in ready:
                 if "torch" not in sys.modules: warm_up()
                 asker, _ = listener.accept(); _, files, *_ = socket.recv_fds(asker, 1, 3)
-                wanted = json.loads(asker.makefile(encoding="utf-8").readline())
-                if not (child := os.fork()): return work(wanted, files)
+                if not (line := asker.makefile(encoding="utf-8").readline()): asker.close(); continue  # it has ended while the server was busy
+                if not (child := os.fork()): return work(json.loads(line), files)
                 for f in files: os.close(f)
-                asker.sendall(f"{child}\n".encode()); going[os.pidfd_open(child)] = child, asker
+                going[os.pidfd_open(child)] = child, asker
+                with contextlib.suppress(OSError): asker.sendall(f"{child}\n".encode())
             for f, (child, asker) in list(going.items()):
                 if asker in ready: os.kill(child, signal.SIGKILL)  # whoever asked has ended
                 if asker in ready or f in ready:
