@@ -10,7 +10,7 @@ __all__ = ['Strength', 'Scope', 'SCOPES', 'UNITS', 'SteeringError', 'Dial', 'of_
 # %% ../nbs/09_interventions.ipynb #cell-03
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Callable, Sequence
 import numpy as np
@@ -167,13 +167,16 @@ def residual_norms(
 # %% ../nbs/09_interventions.ipynb #cell-18
 def _of_layer(value, layer, layers):
     "A bound that may be given per layer, as {layer: value} or in the order of the layers, and turned like a strength"
+    if value is None or type(value) is float: return value # the usual case, at every token
     if isinstance(value, Dial): value = value.value
-    if value is None or isinstance(value, Real) or getattr(value, 'ndim', 1) == 0: return value if value is None else float(value)
+    if isinstance(value, Real) or getattr(value, 'ndim', 1) == 0: return float(value)
     if layer is None: raise SteeringError('bounds per layer need a layer')
     if isinstance(value, dict): return float(value[layer])
     return float(value[list(layers).index(layer)])
 
 def _unit(v): return torch.nn.functional.normalize(v/v.abs().amax(), dim=-1) if v.numel() else v # scaled first: a norm may overflow, or drown in what keeps it from 0
+
+def _room(h): return None if h.dtype == torch.float32 else torch.empty_like(h) # for `out=`: a float32 result is rounded to a narrower dtype in the operation that makes it
 
 class Intervention:
     "A change of the residual stream after some decoder blocks"
@@ -181,7 +184,7 @@ class Intervention:
     layers:int|Sequence[int]
     where:Scope
     strength_name = 'strength' # Field that is multiplied by the weight of a token
-    fresh = True # What `move` returns is a tensor of its own
+    repeatable = False # Whether `move` also takes states of a narrower dtype, calculates in float32 and rounds once, and gives the same again whenever it is asked
 
     def move(self, h:Tensor, v:Tensor, layer:int|None, k:float|Tensor)->Tensor: raise NotImplementedError # (batch, seq, d_model) float32 of the same; `v` is what `at` gives, `k` the strength, a number or (batch, 1 or seq, 1)
 
@@ -196,6 +199,11 @@ class Intervention:
 
     @property
     def strength_given(self)->Strength: return getattr(self, self.strength_name)
+
+    def prepared(self, layer:int)->'Intervention':
+        "The same at one layer, with whatever is no dial worked out once and not at every token"
+        k = self.strength_given
+        return self if isinstance(k, Dial) else replace(self, **{self.strength_name: _strength(k)})
 
     def __call__(self, h:Tensor, layer:int|None=None)->Tensor: # (batch, seq, d_model), same dtype as `h`
         "The formula for all tokens, in float32 and cast once"
@@ -262,7 +270,8 @@ class Add(Intervention):
     norms:dict[int, float]|None=None # From `residual_norms`, for unit='norm'
 
     strength_name = 'coefficient'
-    def move(self, h, v, layer, k): return h + k*v if isinstance(k, Tensor) else torch.add(h, v, alpha=k)
+    repeatable = True
+    def move(self, h, v, layer, k): return torch.add(h, k*v, out=_room(h)) if isinstance(k, Tensor) else torch.add(h, v, alpha=k, out=_room(h))
 
     def at(self, layer):
         v = self.given(layer)
@@ -289,7 +298,8 @@ class Ablate(Intervention):
     strength:Strength=1. # 1 takes all of it out
     where:Scope='all' # Which tokens
 
-    def move(self, h, u, layer, k): return h - k*(h @ u)[..., None]*u
+    repeatable = True
+    def move(self, h, u, layer, k): return torch.addcmul(h, k*(h.float() @ u)[..., None], u, value=-1, out=_room(h))
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
@@ -301,10 +311,17 @@ class Clamp(Intervention):
     strength:Strength=1. # 1 moves a token onto the bound, 1.5 half as far again beyond it
     where:Scope='all' # Which tokens
 
+    @property
+    def repeatable(self): return not isinstance(self.low, Dial) and not isinstance(self.high, Dial) # which may stand elsewhere by then
     def move(self, h, u, layer, k):
-        p = h @ u; low, high = (_of_layer(b, layer, self.layers) for b in (self.low, self.high))
-        missing = (p.clamp(low, high) - p)[..., None]
-        return torch.addcmul(h, k*missing, u) if isinstance(k, Tensor) else torch.addcmul(h, missing, u, value=k)
+        p, low, high = h.float() @ u, _of_layer(self.low, layer, self.layers), _of_layer(self.high, layer, self.layers)
+        missing = (p.clamp(low, high) - p).unsqueeze(-1)
+        return torch.addcmul(h, k*missing, u, out=_room(h)) if isinstance(k, Tensor) else torch.addcmul(h, missing, u, value=k, out=_room(h))
+
+    def prepared(self, layer):
+        bounds = {name: _of_layer(b, layer, self.layers) for name,b in self.bounds().items() if not isinstance(b, Dial)}
+        return replace(super().prepared(layer), **bounds)
+
     def bounds(self): return {k:x for k,x in dict(low=self.low, high=self.high).items() if x is not None}
 
     def layers_of(self, model:nn.Module)->list[int]:
@@ -353,14 +370,14 @@ class RotateTowards(Intervention):
     layers:int|Sequence[int] # As in `Add`
     where:Scope='all' # Which tokens
 
-    strength_name = 'degrees'
+    strength_name, repeatable = 'degrees', True
     def move(self, h, u, layer, k):
-        length = h.norm(dim=-1, keepdim=True)
-        across = h - (h @ u)[..., None]*u
+        x = h.float(); p, length = (x @ u)[..., None], x.norm(dim=-1, keepdim=True)
+        across = x - p*u
         w = torch.nn.functional.normalize(across, dim=-1)
-        now = torch.atan2(across.norm(dim=-1, keepdim=True), (h @ u)[..., None]) # angle to u, from 0 to pi
+        now = torch.atan2(across.norm(dim=-1, keepdim=True), p) # angle to u, from 0 to pi
         then = (now - torch.deg2rad(torch.as_tensor(k, dtype=torch.float32, device=h.device))).clamp(0, torch.pi)
-        return length*(then.cos()*u + then.sin()*w)
+        return (length*(then.cos()*u + then.sin()*w)).to(h.dtype)
 
 @dataclass(frozen=True)
 class Apply(Intervention):
@@ -370,8 +387,6 @@ class Apply(Intervention):
     vector:Any=None # The audit measures the projection on it, where given
     strength:Strength=1. # 0 leaves a token as it is, 1 makes it what the function returns
     where:Scope='all' # Which tokens
-
-    fresh = False # the function may keep what it returns
 
     def given(self, layer): return torch.empty(0) if self.vector is None else super().given(layer)
     def move(self, h, u, layer, k):

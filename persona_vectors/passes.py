@@ -129,6 +129,14 @@ class _Follower:
     @property
     def padded(self)->bool: return self.running and self.here.inputs[1] is not None # Whether this pass may hold padding
 
+    @property
+    def speaking(self)->bool: # False where that is not known
+        "Whether `generate` makes this pass, and after its prompt: then every token of it is response"
+        t = self.here
+        if not (t.running and t.inside) or t.whole is None or t.prompt[0] is None or t.inputs[3] is not None: return False
+        ids, mask = t.whole; counted = ids if mask is None else mask
+        return isinstance(counted, Tensor) and counted.ndim == 2 and counted.shape[1] - t.inputs[0].shape[1] >= t.prompt[0]
+
     def current(self):
         "The pass that is running, or, when a block is computed again for its gradient, perhaps in a thread of its own, the last one"
         t = self.here

@@ -9,10 +9,10 @@ __all__ = ['FLUSH', 'ROWS', 'Trace', 'Audit', 'steer']
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
-from .interventions import Intervention, SteeringError, of_rows, weights_of
+from .interventions import Dial, Intervention, SteeringError, of_rows, weights_of
 from .models import blocks
 from .passes import batch_of, following
 
@@ -26,35 +26,34 @@ class Trace:
     name:str
     layer:int
     where:str
-    passes:int=0 # Forward passes it was applied in
+    passes:int=0 # Forward passes it was applied in; those whose states wait are not counted yet
     waiting:list=field(default_factory=list) # (projection before, intended, after, which tokens) of the latest passes
-    states:list=field(default_factory=list) # (state before, changed state, which tokens) of the latest generated tokens, not projected yet
-    kind:tuple|None=None # (dtype of the model, unit vector) of those states
+    states:list=field(default_factory=list) # (state before, strength, which tokens) of the latest generated tokens, not projected yet
+    project:Callable|None=None # From such states and strengths to their three projections
     lock:Any=field(default_factory=Lock, repr=False) # Several threads may run one model
     sums:Any=0. # (5,): tokens in scope, tokens that moved, and sums of projections before, intended, after
 
-    def note(self, before:Tensor, changed:Tensor, after:Tensor, u:Tensor, inside:Tensor|None, ours:bool):
-        "Keep the projections on `u` of one pass, (batch, seq, d_model) each; they are added up later, so that generation is not held up. States that are nobody else's (`ours`) even wait to be projected, where they are small"
+    def note(self, projections:tuple[Tensor, Tensor, Tensor], inside:Tensor|None):
+        "Keep the projections of one pass, (batch, seq) each; they are added up later, so that generation is not held up"
         with self.lock:
-            self.passes += 1
-            if ours and before.shape[1] == 1: self.states.append((before, changed, inside)); self.kind = after.dtype, u
-            else: self.waiting.append((*_projections(before, changed, after, u), inside))
-            if len(self.waiting) >= FLUSH or len(self.states)*len(before) >= ROWS: self._add_up()
+            self.passes += 1; self.waiting.append((*projections, inside))
+            if len(self.waiting) >= FLUSH: self._add_up()
+
+    def note_later(self, h:Tensor, k:float|Tensor, inside:Tensor|None):
+        "Keep the state of one generated token of each row, (batch, 1, d_model), as it was before: what is done to it can be worked out again, for many tokens at once. An operation for each token costs more than its arithmetic"
+        self.states.append((h, k, inside)) # all at once, so without the lock
+        if len(self.states)*len(h) >= ROWS: self.add_up()
 
     def add_up(self):
         "Sums of what waits"
         with self.lock: self._add_up()
 
-    def _project(self):
-        "The states that wait, all at once: on a GPU an operation for each token costs more than its arithmetic"
-        before, changed, inside = zip(*self.states); dtype, u = self.kind
-        before, changed = torch.cat(before), torch.cat(changed)
-        self.waiting.append((*_projections(before, changed, changed.to(dtype), u), None if inside[0] is None else torch.cat(inside)))
-        self.states = []
-
     @torch.no_grad()
     def _add_up(self):
-        if self.states: self._project()
+        if self.states:
+            states, strengths, inside = zip(*self.states); rows = [len(h) for h in states]
+            self.passes += len(rows); del self.states[:len(rows)] # others may have come
+            self.waiting.append((*self.project(torch.cat(states), _of_tokens(strengths, rows)), None if all(w is None for w in inside) else _of_tokens([1. if w is None else w for w in inside], rows).squeeze(-1)))
         if not self.waiting: return
         wide = torch.float32 if self.waiting[0][0].device.type == 'mps' else torch.float64 # which Apple's GPUs do not have
         p, q, r = (torch.cat([o[k].flatten() for o in self.waiting]).to(wide) for k in range(3))
@@ -68,6 +67,12 @@ class Trace:
         tokens, moved, before, intended, after = self.sums.tolist() if isinstance(self.sums, Tensor) else [0.]*5
         n = max(tokens, 1)
         return dict(name=self.name, layer=self.layer, where=self.where, passes=self.passes, tokens=int(tokens), share=moved/n, before=before/n, after=after/n, intended=(intended - before)/n, achieved=(after - before)/n)
+
+def _of_tokens(numbers, rows):
+    "(tokens, 1, 1) of what each pass had: a number, or (batch, 1) or (batch, 1, 1)"
+    tensors = [x for x in numbers if isinstance(x, Tensor)]
+    if not tensors: return torch.tensor(numbers, dtype=torch.float32).repeat_interleave(torch.tensor(rows))[:, None, None] # one tensor, not one for each token
+    return torch.cat([(x if isinstance(x, Tensor) else tensors[0].new_tensor(x)).reshape(-1, 1, 1).expand(n, 1, 1) for x,n in zip(numbers, rows)])
 
 @dataclass
 class Audit:
@@ -84,9 +89,9 @@ class Audit:
 
     def require_applied(self)->None: # Raises SteeringError
         "An intervention that touched nothing has steered nothing"
-        for t in self.traces:
+        for t,r in zip(self.traces, self.table()):
             if not t.passes: raise SteeringError(f'{t.name} at layer {t.layer} was never applied: no forward pass of this model went through that block inside the `with` statement; is it the model that generates?')
-            if not t.row()['tokens']: raise SteeringError(f"{t.name} at layer {t.layer} was never applied: {t.passes} passes had no token in where={t.where}; text that is only read is all prompt, unless prompt_lengths(model, [...]) says where it ends")
+            if not r['tokens']: raise SteeringError(f"{t.name} at layer {t.layer} was never applied: {t.passes} passes had no token in where={t.where}; text that is only read is all prompt, unless prompt_lengths(model, [...]) says where it ends")
 
 # %% ../nbs/10_steering.ipynb #cell-08
 @contextmanager
@@ -97,8 +102,8 @@ def steer(
     "Apply interventions inside the block; afterwards the model is as before, also after an exception"
     for o in interventions:
         if not isinstance(o, Intervention): raise SteeringError(f'{type(o).__name__} is no intervention; a function of yours is one as Apply(function, layers)')
-    resolved = [_prepared(o, o.layers_of(model)) for o in interventions] # all are checked before any is applied
-    sites = [(o, l) for o in resolved for l in o.layers]
+    resolved = [replace(o, layers=tuple(o.layers_of(model))) for o in interventions] # all are checked before any is applied
+    sites = [(o.prepared(l), l) for o in resolved for l in o.layers]
     audit, found = Audit([Trace(type(o).__name__, l, str(o.where)) for o,l in sites]), blocks(model)
     with ExitStack() as stack:
         follower = stack.enter_context(following(model))
@@ -106,39 +111,43 @@ def steer(
         yield audit
     audit.require_applied()
 
-def _prepared(o, layers):
-    "With the layers as numbers and a list of strengths as a tensor"
-    strength = {o.strength_name: torch.as_tensor(o.strength_given, dtype=torch.float32)} if isinstance(o.strength_given, (list, tuple)) else {} # once, not at every pass
-    return replace(o, layers=tuple(layers), **strength)
-
 def _hook(model, intervention, layer, trace, follower):
     "A forward hook that changes a block's output and notes what it did; the same kind of thing comes out as went in"
-    on_device = {}
-    def vectors(device):
+    on_device, given, where, repeatable = {}, intervention.strength_given, intervention.where, intervention.repeatable
+    def placed(device):
         "(vector, its unit), on the device of the block"
-        if device not in on_device: v = intervention.at(layer).to(device); on_device[device] = v, torch.nn.functional.normalize(v, dim=-1)
+        v = intervention.at(layer).to(device); on_device[device] = v, torch.nn.functional.normalize(v, dim=-1)
         return on_device[device]
+    def moved(h, k):
+        "(new state, its projections): all of it at once"
+        x, (v, u) = h.float(), on_device.get(h.device) or placed(h.device)
+        changed = intervention.move(x, v, layer, k.to(h.device) if isinstance(k, Tensor) else k); new = changed.to(h.dtype)
+        with torch.no_grad(): return new, _projections(x.detach(), changed.detach(), new.detach(), u)
     def apply(block, args, out):
         h = out[0] if isinstance(out, tuple) else out
-        x, (v, u), w = h.float(), vectors(h.device), _weights(intervention.where, follower, h)
-        changed = intervention.move(x, v, layer, _strength(model, intervention, w, h)); new = changed.to(h.dtype)
-        if follower.running or not torch.is_grad_enabled(): # not when a block is computed again for its gradient
-            ours = h.dtype != torch.float32 and intervention.fresh # else the model goes on with these very tensors, and may write into them
-            with torch.no_grad(): trace.note(x.detach(), changed.detach(), new.detach(), u, w, ours)
+        w = _weights(where, follower, h); k = _strength(model, given, w, h)
+        if repeatable and h.shape[1] == 1 and not torch.is_grad_enabled(): # a generated token: as few operations as can be. Nobody writes into its state, since the model goes on with another
+            new = intervention.move(h, (on_device.get(h.device) or placed(h.device))[0], layer, k)
+            trace.note_later(h, k, w)
+        else:
+            new, projections = moved(h, k)
+            if follower.running or not torch.is_grad_enabled(): trace.note(projections, w) # not when a block is computed again for its gradient
         return (new, *out[1:]) if isinstance(out, tuple) else new
+    trace.project = lambda h, k: moved(h, k)[1]
     return apply
 
 def _weights(where, follower, h):
     "(batch, seq) weights of the tokens; None where all count fully"
-    if where == 'all' and (h.shape[1] == 1 or not follower.padded): return None
+    if where == 'all' and (h.shape[1] == 1 or not follower.padded) or where == 'response' and h.shape[1] == 1 and follower.speaking: return None
     return weights_of(where, follower.current()).to(h.device)
 
-def _strength(model, intervention, w, h):
+def _strength(model, given, w, h):
     "The strength of each token: of its row, times its weight"
-    batch, given = batch_of(model), intervention.strength_given
-    jobs = None if batch is None else batch.jobs[batch.rows].repeat_interleave(len(h)//len(batch.rows))
-    k = of_rows(given, len(h), jobs, batch and batch.total)
-    if isinstance(k, Tensor): k = k.to(h.device)
+    k = given.value if isinstance(given, Dial) else given
+    if not isinstance(k, float):
+        batch = batch_of(model)
+        jobs = None if batch is None else batch.jobs[batch.rows].repeat_interleave(len(h)//len(batch.rows))
+        k = of_rows(k, len(h), jobs, batch and batch.total).to(h.device)
     return k if w is None else k*w[..., None]
 
 def _projections(x, changed, new, u):

@@ -1,6 +1,6 @@
 """Steering is right on every architecture: against one example at a time, hooks of the test's own on the blocks, no padding, no mask, no cache, no code of the package."""
-import copy, random, sys, threading
-from contextlib import contextmanager
+import copy, math, random, sys, threading
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -202,22 +203,69 @@ def test_eight_bit_weights(dtype):
     r, shift = audit.table()[0], ((after.float() - before.float()) @ v/v.norm()).mean().item()
     assert r['intended'] == pytest.approx(.3*v.norm().item(), rel=1e-5) and r['achieved'] == pytest.approx(shift, rel=1e-4) == pytest.approx(r['intended'], rel=1e-5 if dtype == torch.float32 else .05)
 
-@pytest.mark.parametrize('way', (lambda v: Add(v, 1., 1), lambda v: Clamp(v, 1, low=-.2, high=.4), lambda v: Ablate(v, 1), lambda v: Add(v, [1., -2., 0.], 1, where='response')), ids=('add', 'clamp', 'ablate', 'per row'))
-@pytest.mark.parametrize('device', ('cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here'))))
-def test_the_audit_of_bfloat16_is_what_was_handed_on(way, device):
-    "Projections are measured by hooks of the test's own, before and after that of steering; states of generated tokens wait to be projected, those of more than 256 do not"
-    model, v = copy.deepcopy(random_model('llama')).to(device, torch.bfloat16), torch.randn(32, generator=torch.Generator().manual_seed(2)); u = (v / v.norm()).to(device)
-    prompt = torch.randint(5, 4000, (3, 10), generator=torch.Generator().manual_seed(3)).to(device); before, after = [], []
-    def keep(where): return lambda m, i, o: where.append((o[0] if isinstance(o, tuple) else o).float() @ u)
+DEVICES = pytest.mark.parametrize('device', ('cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here'))))
+ROWS = torch.tensor([1., -2., 0.])[:, None, None]
+RAMP = torch.tensor([min((k + 1)/9, 1.)*(k < 30) for k in range(100)]) # Window(last=30, rise=8), written out
+# Each way, and beside it what it should do to (3, seq, 32) states in float64 at the k-th generated token; `turned` is what a dial shows then
+def bounded(h, u, low, high): p = h @ u; return h + (p.clamp(low, high) - p)[..., None]*u
+def rotated(h, u, degrees):
+    n = h.norm(dim=-1, keepdim=True); p = (h @ u)[..., None]/n; w = torch.nn.functional.normalize(h/n - p*u, dim=-1); a = (p.acos() - math.radians(degrees)).clamp(0, math.pi)
+    return n*(a.cos()*u + a.sin()*w)
+WAYS = dict(
+    add=(lambda v, dial: Add(v, 1., 1), lambda h, v, u, k, turned: h + v),
+    clamp=(lambda v, dial: Clamp(v, 1, low=-.2, high=.4), lambda h, v, u, k, turned: bounded(h, u, -.2, .4)),
+    overshoot=(lambda v, dial: Floor(v, [.3], [1], strength=1.5), lambda h, v, u, k, turned: h + 1.5*(bounded(h, u, .3, None) - h)),
+    ablate=(lambda v, dial: Ablate(v, 1, strength=.8), lambda h, v, u, k, turned: h - .8*(h @ u)[..., None]*u),
+    rotate=(lambda v, dial: RotateTowards(v, 20., 1), lambda h, v, u, k, turned: rotated(h, u, 20)),
+    per_row=(lambda v, dial: Add(v, [1., -2., 0.], 1), lambda h, v, u, k, turned: h + ROWS*v),
+    response=(lambda v, dial: Add(v, 1., 1, where='response'), lambda h, v, u, k, turned: h if k < 0 else h + v),
+    ramp=(lambda v, dial: Add(v, [1., -2., 0.], 1, where=Window(last=30, rise=8)), lambda h, v, u, k, turned: h if k < 0 else h + RAMP[k]*ROWS*v),
+    dial=(lambda v, dial: Add(v, dial, 1), lambda h, v, u, k, turned: h + turned*v),
+    dial_as_bound=(lambda v, dial: Floor(v, dial, 1), lambda h, v, u, k, turned: bounded(h, u, turned, None)))
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16))
+@DEVICES
+def test_half_precision_and_its_audit(way, dtype, device):
+    "States are taken by hooks of the test's own, before and after that of steering, and worked out in float64; those of generated tokens wait for the audit, those of more than 256 do not"
+    model, v, dial = copy.deepcopy(random_model('llama')).to(device, dtype), torch.randn(32, generator=torch.Generator().manual_seed(2)), Dial(.1); make, formula = WAYS[way]
+    prompt = torch.randint(5, 4000, (3, 10), generator=torch.Generator().manual_seed(3)).to(device); before, after, turned = [], [], []
+    def keep(where): return lambda m, i, o: where.append((o[0] if isinstance(o, tuple) else o).cpu().clone())
+    def turn(m, i, o): turned.append(dial.value); dial.value += .01 # after steering has read it: another strength for each token
     block = block_modules(model)[1]; first = block.register_forward_hook(keep(before))
-    with steer(model, way(v)) as audit:
-        last = block.register_forward_hook(keep(after))
+    with steer(model, make(v, dial)) as audit:
+        others = block.register_forward_hook(keep(after)), block.register_forward_hook(turn)
         try: model.generate(prompt, max_new_tokens=100, min_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
-        finally: first.remove(); last.remove()
-    start = 1 if audit.traces[0].where == 'response' else 0 # the first pass is the prompt's
-    p, q = (torch.cat([x.flatten() for x in xs[start:]]).double() for xs in (before, after)); r = audit.table()[0]
-    assert r['tokens'] == len(p) and r['before'] == pytest.approx(p.mean().item(), rel=1e-4, abs=1e-5) and r['after'] == pytest.approx(q.mean().item(), rel=1e-4, abs=1e-5)
-    assert r['share'] == pytest.approx(((q - p).abs() > 1e-6 * p.abs() + 1e-9).double().mean().item(), abs=1e-3)
+        finally: first.remove(); [o.remove() for o in others]
+    u = (v/v.norm()).double(); expected = [formula(h.double(), v.double(), u, k, t) for k, (h, t) in enumerate(zip(before, turned), -1)]
+    for got, want in zip(after, expected): torch.testing.assert_close(got, want.to(dtype), rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-5) # at most the last bit
+    same = torch.cat([(got == want.to(dtype)).flatten() for got, want in zip(after, expected)]).float().mean(); assert dtype == torch.float32 or same > .99 # rounded once
+    counted = {'response': 1, 'ramp': 1}.get(way, 0), {'ramp': 31}.get(way) # passes; the first is the prompt's
+    p, intended, q = (torch.cat([(h.double() @ u).flatten() for h in hs[counted[0]:counted[1]]]) for hs in (before, expected, after)); r = audit.table()[0]
+    assert r['tokens'] == len(p) and r['passes'] == len(before) == 100
+    assert (r['before'], r['after'], r['intended'], r['achieved']) == pytest.approx((p.mean().item(), q.mean().item(), (intended - p).mean().item(), (q - p).mean().item()), rel=1e-4, abs=1e-5)
+    assert r['share'] == pytest.approx(((q - p).abs() > 1e-6*p.abs() + 1e-9).double().mean().item(), abs=.01)
+
+class Operations(TorchDispatchMode):
+    "Counts what a GPU would have to start: no views, no room that is only set aside"
+    FREE = {'view', '_unsafe_view', 'unsqueeze', 'squeeze', 'select', 'slice', 'expand', 't', 'transpose', 'alias', 'detach', 'empty', 'empty_like'}
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None): self.n += op.__name__.split('.')[0] not in self.FREE; return op(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('kind, where, most', (('add', 'all', 1), ('add', 'response', 1), ('floor', 'all', 5)))
+def test_operations_for_each_token(kind, where, most):
+    "While a model speaks, the start of an operation costs more than its arithmetic; the plain formula in the dtype of the model starts 1 for an addition (with a vector that is there) and 5 for a floor"
+    model, v, ids = copy.deepcopy(random_model('llama')).bfloat16(), direction(), torch.tensor(some_prompts(9)); u = (v/v.norm()).bfloat16()
+    ours = Add(v, 1., 1, where=where) if kind == 'add' else Floor(v, .1, 1)
+    plain = (lambda h: h + v.bfloat16()) if kind == 'add' else (lambda h: h + (.1 - h @ u).clamp(min=0)[..., None]*u)
+    def operations(n, how):
+        with how(), Operations() as counted: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return counted.n
+    def each(how): return (operations(30, how) - operations(10, how))/20
+    none = each(nullcontext); assert each(lambda: steer(model, ours)) - none == most
+    v = v.bfloat16(); handle = block_modules(model)[1].register_forward_hook(lambda m, i, o: (plain(o[0]), *o[1:]) if isinstance(o, tuple) else plain(o))
+    try: assert each(nullcontext) - none == most
+    finally: handle.remove()
 
 # ---------------------------------------------------------------- beams and samples
 @pytest.mark.parametrize('name', ('llama', 'gemma3_text', 'gpt2', 'bloom', 'qwen3_moe'))
