@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from numbers import Real
 from threading import RLock, get_ident
 from typing import Any, Callable, Iterator, Mapping, Sequence
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from .passes import Pass
 from .chat import Messages, chat_prompt, segments
 from .generation import cut_at, draw, row_seed, stop_ids
 from .vectors import Activations, Vector, VectorError, require_model
-from .interventions import SCOPES, Add, Floor, Intervention, Scope
-from .steering import Audit, Trace, steer
+from .interventions import SCOPES, Add, Everywhere, Floor, Intervention, Scope
+from .steering import Audit, Steering, Trace
 from .personas import Persona, PersonaError, PersonaManager, as_manager, is_name
 
 # %% ../nbs/12_engine.ipynb #cell-08
@@ -64,16 +64,17 @@ class Turn:
     text:str='' # Without white space around it
     finish:str='interrupted' # 'stop', 'length' or 'interrupted'
     spans:list[tuple[int, int]]=field(default_factory=list) # Earlier answers among what is computed
-    traces:dict=field(default_factory=dict)
+    audits:list[Audit]=field(default_factory=list) # Of the passes of the prompt, and of those after it under each manner
+    speaking:tuple|None=None # (manner, its `Steering`) of the passes after the prompt
 
     @property
-    def audit(self)->Audit: return Audit(list(self.traces.values())) # Of all passes together
-
-    def note(self, audit:Audit):
-        "Add what one pass did"
-        for t in audit.traces:
-            kept = self.traces.setdefault((t.name, t.layer, t.where), Trace(t.name, t.layer, t.where))
+    def audit(self)->Audit:
+        "Of all passes together"
+        traces = {}
+        for t in (t for audit in self.audits for t in audit.traces):
+            kept = traces.setdefault((t.name, t.layer, t.where), Trace(t.name, t.layer, t.where))
             t.add_up(); kept.passes += t.passes; kept.sums = kept.sums + t.sums
+        return Audit(list(traces.values()))
 
     def places(self, first:int, n:int)->dict[str, tuple[int, ...]]: # {'last_prompt', 'response', 'prompt' (all that is no response): positions}
         "Which of `n` tokens from `first` on are of which kind"
@@ -87,8 +88,10 @@ def takes(
     **given:Any, # Arguments that some models do not have
 )->dict[str, Any]: # Those that this one has
     "Not every model takes every argument"
-    known = inspect.signature(model.forward).parameters
-    return {k:v for k,v in given.items() if k in known}
+    if model not in _arguments: _arguments[model] = frozenset(inspect.signature(model.forward).parameters) # once, not at every token
+    return {k:v for k,v in given.items() if k in _arguments[model]}
+
+_arguments = WeakKeyDictionary() # model -> names
 
 class Memory:
     "Ids of a conversation with their keys and values"
@@ -206,6 +209,13 @@ class Manners:
         axis, floors = self.guard
         return out + [Floor(axis, floors[kind], list(axis), where=At(places[kind], kind, first)) for kind in floors if places[kind]]
 
+    def speaking(self, manner:Manner)->list[Intervention]:
+        "What is done in a pass after the prompt, all of whose tokens are response"
+        out = [self.add(manner, 'all' if manner.where == 'all' else Everywhere(manner.where))] if manner.vectors and manner.where != 'prompt' else []
+        if not manner.safety: return out
+        axis, floors = self.guard
+        return out + [Floor(axis, floors['response'], list(axis), where=Everywhere('response'))]
+
 class SteeringEngine:
     "Chats as a persona, with a floor on the safety axis; one conversation, one speaker at a time"
     def __init__(self,
@@ -248,13 +258,20 @@ class SteeringEngine:
     @torch.inference_mode()
     def _pass(self, turn, memory, new, monitors):
         "Logits after some more tokens, steered"
-        places = turn.places(len(memory.ids), len(new))
+        steering = self._steering(turn, len(memory.ids), len(new))
         with lock_of(self.model), ExitStack() as stack:
-            audit = stack.enter_context(steer(self.model, *self.manners.interventions(self._manner, places, len(memory.ids))))
+            stack.enter_context(steering.on())
             for m in monitors if len(memory.ids) >= len(turn.prompt) else (): stack.enter_context(m.hearing(self.model)) # after those of steering, so that it hears what they made of it
-            logits = memory.feed(new)
-        turn.note(audit)
-        return logits
+            return memory.feed(new)
+
+    def _steering(self, turn, first, n):
+        "What is done in a pass of `n` tokens; after the prompt the same for each, until somebody sets something else"
+        manner = self._manner # once: others may set it at any moment
+        if first >= len(turn.prompt) and turn.speaking and turn.speaking[0] is manner: return turn.speaking[1]
+        if first < len(turn.prompt): steering = Steering(self.model, *self.manners.interventions(manner, turn.places(first, n), first))
+        else: steering = Steering(self.model, *self.manners.speaking(manner)); turn.speaking = manner, steering
+        turn.audits.append(steering.audit)
+        return steering
 
     def _speak(self, turn, memory, messages, monitors=(), max_tokens=None, temperature=None, top_p=1., seed=None, stop=()):
         "Pieces of text; `turn` is filled as they come"
@@ -280,6 +297,7 @@ class SteeringEngine:
                 if cut_at(text, stop) != text: turn.finish = 'stop'; break
                 if len(more := ready(text, stop)) > len(shown): yield more[len(shown):]; shown = more
         finally: turn.text = cut_at(self.tokenizer.decode(turn.said, skip_special_tokens=True), stop).strip()
+        turn.audit.require_applied()
         if turn.text[len(shown):]: yield turn.text[len(shown):]
 
     def _begin(self, pieces, chat):

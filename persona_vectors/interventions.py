@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Strength', 'Scope', 'SCOPES', 'UNITS', 'SteeringError', 'Dial', 'of_rows', 'Last', 'FromPosition', 'Window',
-           'AfterThinking', 'weights_of', 'residual_norms', 'Intervention', 'Add', 'Ablate', 'Clamp', 'Floor',
-           'Ceiling', 'SetProjection', 'RotateTowards', 'Apply']
+           'AfterThinking', 'Everywhere', 'weights_of', 'residual_norms', 'Intervention', 'Add', 'Ablate', 'Clamp',
+           'Floor', 'Ceiling', 'SetProjection', 'RotateTowards', 'Apply']
 
 # %% ../nbs/09_interventions.ipynb #cell-03
 import math
@@ -134,6 +134,14 @@ class AfterThinking:
             if head and not self.opening.startswith(head): return start + k - 1
         if not thinking or self.closing not in text(len(ids) - start): return len(ids)
         return start + after[bisect_left(after, True, key=lambda k: self.closing in text(k))] # not one by one: thinking is long
+
+@dataclass(frozen=True)
+class Everywhere:
+    "All tokens, under a name of their own in the audit"
+    name:str
+
+    def __call__(self, p:Pass)->Tensor: return p.positions >= 0
+    def __str__(self): return self.name
 
 Scope = str|Callable[[Pass], Tensor] # A key of `SCOPES`, one of the classes above, or a function of yours to (batch, seq) weights
 SCOPES:dict[str, Callable[[Pass], Tensor]|None] = dict(all=None, prompt=lambda p: p.positions < p.starts[:, None], response=lambda p: p.positions >= p.starts[:, None])
