@@ -260,9 +260,11 @@ class SteeringEngine:
         "Logits after some more tokens, steered"
         steering = self._steering(turn, len(memory.ids), len(new))
         with lock_of(self.model), ExitStack() as stack:
-            stack.enter_context(steering.on())
+            audit = stack.enter_context(steering.on())
             for m in monitors if len(memory.ids) >= len(turn.prompt) else (): stack.enter_context(m.hearing(self.model)) # after those of steering, so that it hears what they made of it
-            return memory.feed(new)
+            logits = memory.feed(new)
+        if all(a is not audit for a in turn.audits): audit.require_applied(); turn.audits.append(audit)
+        return logits
 
     def _steering(self, turn, first, n):
         "What is done in a pass of `n` tokens; after the prompt the same for each, until somebody sets something else"
@@ -270,7 +272,6 @@ class SteeringEngine:
         if first >= len(turn.prompt) and turn.speaking and turn.speaking[0] is manner: return turn.speaking[1]
         if first < len(turn.prompt): steering = Steering(self.model, *self.manners.interventions(manner, turn.places(first, n), first))
         else: steering = Steering(self.model, *self.manners.speaking(manner)); turn.speaking = manner, steering
-        turn.audits.append(steering.audit)
         return steering
 
     def _speak(self, turn, memory, messages, monitors=(), max_tokens=None, temperature=None, top_p=1., seed=None, stop=()):
@@ -297,7 +298,6 @@ class SteeringEngine:
                 if cut_at(text, stop) != text: turn.finish = 'stop'; break
                 if len(more := ready(text, stop)) > len(shown): yield more[len(shown):]; shown = more
         finally: turn.text = cut_at(self.tokenizer.decode(turn.said, skip_special_tokens=True), stop).strip()
-        turn.audit.require_applied()
         if turn.text[len(shown):]: yield turn.text[len(shown):]
 
     def _begin(self, pieces, chat):

@@ -192,7 +192,7 @@ class Intervention:
     layers:int|Sequence[int]
     where:Scope
     strength_name = 'strength' # Field that is multiplied by the weight of a token
-    repeatable = False # Whether `move` also takes states of a narrower dtype, calculates in float32 and rounds once, and gives the same again whenever it is asked
+    repeatable = False # Whether `move` also takes states of half precision, calculates in float32 and rounds once, and gives the same again whenever it is asked
 
     def move(self, h:Tensor, v:Tensor, layer:int|None, k:float|Tensor)->Tensor: raise NotImplementedError # (batch, seq, d_model) float32 of the same; `v` is what `at` gives, `k` the strength, a number or (batch, 1 or seq, 1)
 
@@ -211,7 +211,7 @@ class Intervention:
     def prepared(self, layer:int)->'Intervention':
         "The same at one layer, with whatever is no dial worked out once and not at every token"
         k = self.strength_given
-        return self if isinstance(k, Dial) else replace(self, **{self.strength_name: _strength(k)})
+        return self if isinstance(k, (float, Dial)) else replace(self, **{self.strength_name: _strength(k)})
 
     def __call__(self, h:Tensor, layer:int|None=None)->Tensor: # (batch, seq, d_model), same dtype as `h`
         "The formula for all tokens, in float32 and cast once"

@@ -95,6 +95,7 @@ class _Follower:
         "A new prompt: what is passed in"
         prompt = next((o for o in (*args[:1], kwargs.get('inputs'), kwargs.get('input_ids'), kwargs.get('inputs_embeds')) if isinstance(o, Tensor)), None)
         mask = kwargs.get('attention_mask')
+        if hasattr(getattr(self.model, 'generation_config', None), 'disable_compile'): kwargs['disable_compile'] = True # code that was compiled for a static cache before does not see hooks
         width = max((o.shape[1] for o in (prompt, mask) if o is not None), default=None) # with a cache only what is new may be passed in, and the mask is longer
         t = self.here
         before, t.prompt = t.prompt, (width, None if mask is None else mask.sum(1))

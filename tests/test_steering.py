@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import ARCHITECTURES, block_modules, random_model
@@ -20,7 +20,7 @@ from persona_vectors.generation import generate_local, iter_batches
 from persona_vectors.interventions import Ablate, Add, AfterThinking, Clamp, Dial, Floor, FromPosition, Last, RotateTowards, SetProjection, SteeringError, Window
 from persona_vectors.models import load_model
 from persona_vectors.passes import batch_of
-from persona_vectors.steering import steer
+from persona_vectors.steering import Steering, steer
 from persona_vectors.vectors import Vector
 
 CONFIG = PersonaVectorConfig(model_name='persona-tiny', device='cpu')
@@ -245,6 +245,55 @@ def test_half_precision_and_its_audit(way, dtype, device):
     assert r['tokens'] == len(p) and r['passes'] == len(before) == 100
     assert (r['before'], r['after'], r['intended'], r['achieved']) == pytest.approx((p.mean().item(), q.mean().item(), (intended - p).mean().item(), (q - p).mean().item()), rel=1e-4, abs=1e-5)
     assert r['share'] == pytest.approx(((q - p).abs() > 1e-6*p.abs() + 1e-9).double().mean().item(), abs=.01)
+
+def seen_around(model, layer, run, u):
+    "(mean projection before, after) of what a block hands on, by hooks of the test's own around those that `run` puts on"
+    before, after = [], []
+    def keep(where): return lambda m, i, o: where.append(((o[0] if isinstance(o, tuple) else o).detach().double() @ u).flatten())
+    block = block_modules(model)[layer]; first = block.register_forward_hook(keep(before))
+    try: run(lambda: block.register_forward_hook(keep(after)))
+    finally: first.remove()
+    return torch.cat(before).mean().item(), torch.cat(after).mean().item()
+
+def test_the_audit_under_autocast():
+    "Arithmetic stays in float32, and what is worked out later, outside, is what was done"
+    model, v = watched(random_model('llama')), direction(); u, found = (v/v.norm()).double(), []
+    def run(listen):
+        with steer(model, Clamp(v, 1, low=.2, high=.2)) as audit:
+            last = listen()
+            try:
+                with torch.autocast('cpu', torch.bfloat16): model.generate(torch.tensor(some_prompts(9)), max_new_tokens=30, **GREEDY)
+            finally: last.remove()
+        found.extend(audit.table())
+    before, after = seen_around(model, 1, run, u); r = found[0]
+    assert (r['before'], r['before'] + r['achieved']) == pytest.approx((before, after), abs=1e-5) and after == pytest.approx(.2, abs=1e-3)
+
+def test_a_vector_that_learns_between_answers():
+    "It is changed in place while states of generated tokens wait; inside inference mode first, then with gradients"
+    model, w = watched(copy.deepcopy(random_model('llama'))), direction().requires_grad_(); u, ids, found = (w/w.norm()).detach().double(), torch.tensor(some_prompts(9)), []
+    def run(listen):
+        steering = Steering(model, Add(w, 1., 1), Ablate(direction(3), 2))
+        for _ in range(2):
+            with steering.on():
+                last = listen()
+                try:
+                    with torch.inference_mode(): model.generate(ids, max_new_tokens=20, **GREEDY)
+                    model(ids, labels=ids, use_cache=False).loss.backward()
+                finally: last.remove()
+            with torch.no_grad(): w.mul_(3); w.grad = None
+        found.extend(steering.audit.table())
+    before, after = seen_around(model, 1, run, u); r = found[0]
+    assert r['achieved'] == pytest.approx(after - before, rel=1e-4) == pytest.approx(2*direction().norm().item(), rel=1e-4)
+
+@pytest.mark.parametrize('where', ('all', 'response'))
+def test_generation_that_was_compiled_before(where):
+    "Compiled code does not look for hooks that came later: it would go on unsteered"
+    model, v, prompts = copy.deepcopy(random_model('llama')), direction(), some_prompts(9, 9)
+    compiled = CompileConfig(backend='eager', mode=None); compiled._compile_all_devices = True # else on a GPU only, by itself
+    static = dict(cache_implementation='static', compile_config=compiled)
+    plain = generated(model, prompts, 8, **static); assert '_compiled_call' in watched(model).__dict__
+    with steer(model, Add(v, 2., 1, where=where)) as audit: steered = generated(model, prompts, 8, **static)
+    assert plain != steered == said_by_hand(model, prompts, 8, v, (2., 2.), where) and audit.table()[0]['passes'] == 8
 
 class Operations(TorchDispatchMode):
     "Counts what a GPU would have to start: no views, no room that is only set aside"
