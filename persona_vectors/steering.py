@@ -131,20 +131,21 @@ def _hook(steering, intervention, layer, trace):
     model, on_device, given, repeatable = steering.model, {}, intervention.strength_given, intervention.repeatable
     where = 'all' if isinstance(intervention.where, Everywhere) else intervention.where
     def placed(device):
-        "(vector, its unit), on the device of the block"
-        with torch.inference_mode(False): v = intervention.at(layer).to(device); on_device[device] = v, torch.nn.functional.normalize(v, dim=-1) # they may be used again with gradients
+        "(vector, its unit, kind of device), on the device of the block"
+        with torch.inference_mode(False): v = intervention.at(layer).to(device); on_device[device] = v, torch.nn.functional.normalize(v, dim=-1), device.type # they may be used again with gradients
         return on_device[device]
     def moved(h, k):
         "(new state, its projections): all of it at once"
-        x, (v, u) = h.float(), on_device.get(h.device) or placed(h.device)
-        with _exact(h.device.type):
+        x, (v, u, kind) = h.float(), on_device.get(h.device) or placed(h.device)
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext(): # arithmetic as it is written
             changed = intervention.move(x, v, layer, k.to(h.device) if isinstance(k, Tensor) else k); new = changed.to(h.dtype)
             with torch.no_grad(): return new, _projections(x.detach(), changed.detach(), new.detach(), u)
     def apply(block, args, out):
         h = out[0] if isinstance(out, tuple) else out
-        follower = steering.follower; w = _weights(where, follower, h); k = _strength(model, given, w, h)
-        if repeatable and _waits(h): # a generated token: as few operations as can be. Nobody writes into its state, since the model goes on with another
-            new = intervention.move(h, (on_device.get(h.device) or placed(h.device))[0], layer, k)
+        (v, _, kind), follower = on_device.get(h.device) or placed(h.device), steering.follower
+        w = _weights(where, follower, h); k = _strength(model, given, w, h)
+        if repeatable and h.ndim == 3 and h.shape[1] == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(kind): # a generated token: as few operations as can be. Nobody writes into its state, since the model goes on with another
+            new = intervention.move(h, v, layer, k)
             trace.note_later(h, k, w)
         else:
             new, projections = moved(h, k)
@@ -152,14 +153,6 @@ def _hook(steering, intervention, layer, trace):
         return (new, *out[1:]) if isinstance(out, tuple) else new
     trace.project = lambda h, k: moved(h, k)[1]
     return apply
-
-def _exact(device):
-    "Arithmetic as it is written, also where autocast is on"
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-def _waits(h):
-    "Whether this is one generated token of each row, and nothing is done to its arithmetic"
-    return h.ndim == 3 and h.shape[1] == 1 and h.dtype != torch.float64 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(h.device.type)
 
 def _weights(where, follower, h):
     "(batch, seq) weights of the tokens; None where all count fully"
