@@ -203,18 +203,19 @@ class Manners:
         first:int=0, # Of the pass, as there
     )->list[Intervention]:
         "What is done in one pass"
-        where = 'all' if manner.where == 'all' else At(places[manner.where], manner.where, first)
-        out = [self.add(manner, where)] if manner.vectors and (where == 'all' or where.places) else []
-        if not manner.safety: return out
-        axis, floors = self.guard
-        return out + [Floor(axis, floors[kind], list(axis), where=At(places[kind], kind, first)) for kind in floors if places[kind]]
+        return self._done(manner, lambda kind: At(places[kind], kind, first) if places[kind] else None)
 
     def speaking(self, manner:Manner)->list[Intervention]:
         "What is done in a pass after the prompt, all of whose tokens are response"
-        out = [self.add(manner, 'all' if manner.where == 'all' else Everywhere(manner.where))] if manner.vectors and manner.where != 'prompt' else []
+        return self._done(manner, lambda kind: Everywhere(kind) if kind == 'response' else None)
+
+    def _done(self, manner, scope):
+        "`scope` says where tokens of a kind are; None: there are none"
+        where = 'all' if manner.where == 'all' else scope(manner.where)
+        out = [self.add(manner, where)] if manner.vectors and where else []
         if not manner.safety: return out
         axis, floors = self.guard
-        return out + [Floor(axis, floors['response'], list(axis), where=Everywhere('response'))]
+        return out + [Floor(axis, floors[kind], list(axis), where=at) for kind in floors if (at := scope(kind))]
 
 class SteeringEngine:
     "Chats as a persona, with a floor on the safety axis; one conversation, one speaker at a time"
